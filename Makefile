@@ -1,0 +1,70 @@
+# Cornucopia. `make` lists what can be made; every target sets up what it needs by itself.
+PYTHON ?= python3
+options ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
+DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
+SUITE := vision.classify  # every domain's first task
+
+.PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
+
+help:
+	@echo 'make suite        set up, then every domain'"'"'s first task on embedded data, to a served answer'
+	@echo 'make test         set up, then the tests'
+	@echo 'make TASK         raw data to a served answer: $(TASKS)'
+	@echo 'make DOMAIN       every task of a domain: $(DOMAINS)'
+	@echo '                  flags as options="--data=fashion-mnist --epochs=12"; options=--help lists them'
+	@echo 'make serve        serve saved_models/ over gRPC'
+	@echo 'make list         the tasks, one line each'
+	@echo 'make quality      train on the real data and compare with what the tasks promise (long)'
+	@echo 'make report       write the README'"'"'s table from the results of make quality'
+	@echo 'make lint         ruff'
+	@echo 'make install      the environment alone, in .venv'
+	@echo 'make clean        remove the environment and caches; runs/ and saved_models/ stay'
+
+install: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and \
+		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[vision,nlp,recommendation,dev]'
+	@touch $@
+
+suite: $(READY)
+	@for task in $(SUITE); do $(BIN)/cornucopia train $$task || exit 1; done
+
+test: $(READY)
+	$(BIN)/python -m pytest $(options)
+
+list: $(READY)
+	@$(BIN)/cornucopia list
+
+$(TASKS): $(READY)
+	@$(BIN)/cornucopia train $@ $(options)
+
+define domain
+$(1): $(READY)
+	@for task in $(filter $(1).%,$(TASKS)); do $(BIN)/cornucopia train $$$$task $$(options) || exit 1; done
+endef
+$(foreach name,$(DOMAINS),$(eval $(call domain,$(name))))
+
+serve: $(READY)
+	@$(BIN)/cornucopia serve $(options)
+
+quality: $(READY)
+	@$(BIN)/python -m benchmarks.quality $(options)
+
+report: $(READY)
+	@$(BIN)/python -m benchmarks.report
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find apps shared tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

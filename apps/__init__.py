@@ -1,0 +1,1 @@
+"""The applications: one folder a domain, one file a task."""

@@ -1,0 +1,1 @@
+"""What the tasks share: data, metrics, training, export and serving."""

@@ -1,0 +1,191 @@
+"""The command `cornucopia`.
+
+A task's flags are read from the head of its file, up to and with its Config, so that `list`, `--help` and a wrong
+flag are answered without importing TensorFlow.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from shared import run
+
+APPS = Path(importlib.util.find_spec("apps").origin).parent
+USAGE = """usage: cornucopia COMMAND [TASK] [flags]
+
+  list                    the tasks, one line each
+  train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
+  evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
+  ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
+  serve [flags]           serve every model below saved_models over TensorFlow Serving's gRPC protocol
+
+cornucopia COMMAND [TASK] --help tells the flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve the newest version of every model over TensorFlow Serving's gRPC protocol."""
+
+    models: str = "saved_models"  # folder with a folder NAME/VERSION for each model
+    port: int = 8500  # for gRPC
+    host: str = "127.0.0.1"  # address to listen at; 0.0.0.0 lets other machines in
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a saved version on other data."""
+
+    data: str = ""  # public data set by name, or a path; empty: the set that comes with the suite
+    version: int = 0  # which saved version; 0: the newest
+    saved_models: str = "saved_models"  # folder of exported versions
+    runs: str = "runs"  # folder for pictures of the result
+    on_error: str = "fail"  # what an unreadable example does: fail or skip
+
+
+def tasks() -> list[str]:
+    """Names of all tasks: `apps/DOMAIN/TASK.py` is DOMAIN.TASK."""
+    files = sorted(APPS.glob("*/*.py"))
+    return [f"{file.parent.name}.{file.stem}" for file in files if not file.stem.startswith("_")]
+
+
+def head(task: str) -> type[run.Config]:
+    """A task's Config, from the imports and the class alone, without the libraries that the rest of the file needs."""
+    path = APPS / task.replace(".", "/")
+    tree = ast.parse(path.with_suffix(".py").read_text())
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    used = {node.id for node in ast.walk(config) if isinstance(node, ast.Name)}
+    body = []
+    for node in tree.body[: tree.body.index(config)]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            node.names = [name for name in node.names if (name.asname or name.name).split(".")[0] in used]
+            if node.names:
+                body.append(node)
+    # tyro reads the comments behind the fields from the source of the module that a class names.
+    module = types.ModuleType(f"_head_of_{task.replace('.', '_')}")
+    module.__file__ = str(path.with_suffix(".py"))
+    sys.modules[module.__name__] = module
+    exec(compile(ast.Module([*body, config], []), module.__file__, "exec"), vars(module))
+    return module.Config
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's ends in one line that says what to do, and exit code 2."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    command, rest = words[0], words[1:]
+    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "serve": _serve}
+    if command not in commands:
+        _refuse(f"unknown command {command}; one of {', '.join(commands)}")
+    try:
+        commands[command](rest)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        if os.environ.get("CORNUCOPIA_TRACEBACK"):
+            raise
+        _refuse(f"{error}" if str(error) else repr(error))
+    except KeyboardInterrupt:
+        _refuse("interrupted; a training run goes on with --resume", code=130)
+
+
+def _refuse(message: str, *, code: int = 2) -> None:
+    print(f"cornucopia: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _list(words: list[str]) -> None:
+    for task in tasks():
+        path = (APPS / task.replace(".", "/")).with_suffix(".py")
+        print(f"{task:<26} {ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]}")
+
+
+def _named(words: list[str], command: str) -> tuple[str, list[str]]:
+    if not words or words[0].startswith("-"):
+        _refuse(f"cornucopia {command} needs a task: {', '.join(tasks())}")
+    if words[0] not in tasks():
+        _refuse(f"unknown task {words[0]}; one of {', '.join(tasks())}")
+    return words[0], words[1:]
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what native libraries write to stderr while they load: shown only where loading fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as notes:
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            notes.seek(0)
+            os.write(kept, notes.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _load_tensorflow() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    with _hushed():
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()  # looks for GPUs, and notes at length where there are none
+
+
+def _import(task: str) -> types.ModuleType:
+    _load_tensorflow()
+    try:
+        return importlib.import_module(f"apps.{task}")
+    except ImportError as error:
+        domain = task.partition(".")[0]
+        raise ImportError(f"{task} needs {error.name}: pip install 'cornucopia-suite[{domain}]'") from error
+
+
+def _train(words: list[str]) -> None:
+    task, words = _named(words, "train")
+    flags = tyro.cli(head(task), args=words, prog=f"cornucopia train {task}", description=f"Train {task}.")
+    module = _import(task)
+    config = module.Config(**dataclasses.asdict(flags))
+    run.run(task, module, config)
+
+
+def _evaluate(words: list[str]) -> None:
+    task, words = _named(words, "evaluate")
+    flags = tyro.cli(Evaluate, args=words, prog=f"cornucopia evaluate {task}")
+    run.evaluate(task, _import(task), flags)
+
+
+def _serve(words: list[str]) -> None:
+    flags = tyro.cli(Serve, args=words, prog="cornucopia serve")
+    _load_tensorflow()
+    from shared.serving import server
+
+    server.serve(Path(flags.models), host=flags.host, port=flags.port)
+
+
+def _ask(words: list[str]) -> None:
+    """`cornucopia ask TASK --address=HOST:PORT --INPUT=VALUE …`; the inputs are those of the served signature."""
+    task, words = (words[0], words[1:]) if words and not words[0].startswith("-") else _named(words, "ask")
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.startswith("--") and equals):
+            _refuse(f"cornucopia ask takes --INPUT=VALUE and --address=HOST:PORT; {word} is neither")
+        values[name.removeprefix("--").replace("-", "_")] = value
+    address = values.pop("address", "127.0.0.1:8500")
+    _load_tensorflow()
+    from shared.serving import ask
+
+    ask.ask(task, values, address=address)

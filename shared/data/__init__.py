@@ -1,0 +1,78 @@
+"""From raw data to batches: splits, public data sets by name, readers by format, the audit before training."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Batches to learn from, and what a server needs to treat its input alike.
+
+    `train`, `validation` and `test` hold each example once, in order, as it is. `stream` is how learning reads the
+    training examples: `stream(step)` gives the endless shuffled and augmented batches from that step on, each a pure
+    function of the seed and its step, so that a run that was killed goes on with the very batch that came next.
+    """
+
+    stream: Callable[[int], tf.data.Dataset]
+    steps: int  # batches of the stream that make an epoch
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    test: tf.data.Dataset
+    preprocess: Callable  # a batch of raw inputs -> a batch of model inputs
+    names: tuple[str, ...]  # what the indices that a model puts out mean
+    request: Mapping[str, np.ndarray]  # raw test input, as a client would send it
+    about: Mapping[str, str]  # for the model card: data, protocol, licence, citation, checksum, published
+
+
+def stream(
+    count: int, *, batch: int, seed: int, read: Callable[[tf.Tensor, tf.Tensor], tuple]
+) -> Callable[[int], tf.data.Dataset]:
+    """Endless batches of `count` examples, in a new order every epoch, that can start at any step.
+
+    Args:
+        count: how many examples there are; ValueError where they do not fill one batch.
+        batch: examples in a batch; what is left over at an epoch's end is dropped, another rest each time.
+        seed: of the orders.
+        read: indices [batch], step [] (both int64) -> (inputs, targets); randomness only from the step.
+    """
+    if count < batch:
+        raise ValueError(f"{count} training examples do not fill one batch of {batch}: use --batch={max(count, 1)}")
+    steps = count // batch
+    far = np.iinfo(np.int64).max
+
+    def order(epoch: tf.Tensor) -> tf.data.Dataset:
+        shuffled = tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=[seed, epoch])
+        return tf.data.Dataset.from_tensor_slices(shuffled).batch(batch, drop_remainder=True)
+
+    def batches(step: int = 0) -> tf.data.Dataset:
+        orders = tf.data.Dataset.range(step // steps, far).flat_map(order).skip(step % steps)
+        numbered = tf.data.Dataset.zip(tf.data.Dataset.range(step, far), orders)
+        examples = numbered.map(lambda at, indices: read(indices, at), num_parallel_calls=tf.data.AUTOTUNE)
+        return examples.prefetch(4)
+
+    return batches
+
+
+def gather(array: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function from indices [batch] to rows of an array in memory, or of one on disk (`numpy.memmap`)."""
+    if isinstance(array, np.memmap):
+        rows = tf.TensorSpec([None, *array.shape[1:]], array.dtype)
+
+        def from_disk(indices):
+            found = tf.numpy_function(lambda at: np.asarray(array[at]), [indices], rows.dtype)
+            return tf.ensure_shape(found, rows.shape)
+
+        return from_disk
+    table = tf.constant(array)
+    return lambda indices: tf.gather(table, indices)
+
+
+def in_order(*arrays: np.ndarray, batch: int) -> tf.data.Dataset:
+    """Each example once, in order, in batches; the last may be smaller."""
+    readers = [gather(array) for array in arrays]
+    indices = tf.data.Dataset.range(len(arrays[0])).batch(batch)
+    read = indices.map(lambda at: tuple(reader(at) for reader in readers), num_parallel_calls=tf.data.AUTOTUNE)
+    return read.prefetch(2)

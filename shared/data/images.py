@@ -1,0 +1,210 @@
+"""Pictures with a class each: a folder or archive with one sub-folder a class, or a table of files and labels.
+
+Where the upper folders are `train` and `test` (and `validation` or `val`) they are the splits; else the pictures are
+split 80 : 10 : 10 by the seed, with every class in each part.
+"""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from shared.data import archives, tables
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")  # what tf.io.decode_image reads
+IN_MEMORY = 1 << 30  # bytes of decoded pictures that stay in memory; more go to a file that is mapped
+_SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
+           "valid": "validation", "test": "test"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Decoded pictures of one size with their labels, and what could not be read."""
+
+    pixels: np.ndarray  # uint8 [picture, height, width, channel]
+    labels: np.ndarray  # int64 [picture]
+    splits: np.ndarray  # [picture], "train", "validation", "test", or "" where the data names none
+    names: tuple[str, ...]  # classes
+    unreadable: tuple[str, ...]  # "path: reason"
+
+
+def decode(content: tf.Tensor, *, channels: int) -> tf.Tensor:
+    """Pixels of one encoded PNG, JPEG, BMP or GIF picture (of a GIF the first frame): uint8 [height, width, channel].
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are no picture, or a damaged one.
+    """
+    pixels = tf.io.decode_image(content, channels=channels, expand_animations=False)
+    return tf.ensure_shape(pixels, [None, None, channels or None])
+
+
+def resize(pixels: tf.Tensor, *, size: int) -> tf.Tensor:
+    """Pictures [..., height, width, channel] squeezed to a square of `size` pixels, in uint8."""
+    smaller = tf.image.resize(pixels, [size, size], antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(smaller), 0, 255), tf.uint8)
+
+
+def decode_batch(contents: tf.Tensor, *, size: int, channels: int) -> tf.Tensor:
+    """Encoded pictures [batch], string -> pixels [batch, size, size, channel], uint8. For training and serving."""
+    return tf.map_fn(
+        lambda content: resize(decode(content, channels=channels), size=size),
+        contents,
+        fn_output_signature=tf.TensorSpec([size, size, channels], tf.uint8),
+    )
+
+
+def read(path: Path, *, size: int, channels: int, on_error: str) -> Pictures:
+    """Decode all pictures below a path.
+
+    Args:
+        path: folder, zip or tar with one sub-folder a class; or a CSV/TSV file with columns `image`, `label` and
+            perhaps `split`.
+        size: side in pixels; 0: the middle one of the first pictures' shorter sides, within 16 to 96.
+        channels: 1 or 3; 0: as the first pictures have.
+        on_error: "fail" ends with the list of what cannot be read, "skip" leaves it out.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, no classes, one class only, an empty class, unreadable files.
+    """
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        root, files = _listed(path)
+    else:
+        root, files = path, _below(path)
+    names = sorted({label for label, _ in files.values()})
+    if len(names) < 2:
+        raise ValueError(f"{path} holds one class only ({names[0]}); a classifier needs two or more")
+    wanted = [name for name in files if name.lower().endswith(SUFFIXES)]
+    bad = [f"{name}: no picture by its ending; expected {' '.join(SUFFIXES)}" for name in files if name not in wanted]
+
+    size, channels = _measure(archives.contents(root, wanted), size=size, channels=channels)
+    pixels = _room(len(wanted), size, channels)
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+    def decoder(content):
+        return resize(decode(content, channels=channels), size=size)
+
+    def put(row: int, name: str, content: bytes) -> str | None:
+        try:
+            pixels[row] = decoder(content).numpy()
+        except tf.errors.InvalidArgumentError as error:
+            return f"{name}: {_reason(content, error)}"
+        return None
+
+    rows = {name: row for row, name in enumerate(wanted)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for chunk in _chunks(archives.contents(root, wanted), 256):
+            results = pool.map(lambda item: (item[0], put(rows[item[0]], *item)), chunk)
+            for name, problem in results:
+                if problem:
+                    bad.append(problem)
+                    del rows[name]
+    if bad and on_error == "fail":
+        raise ValueError(
+            f"{len(bad)} of {len(files)} files below {path} cannot be read; mend or remove them, or leave them out "
+            f"with --on-error=skip:\n  " + "\n  ".join(bad[:20]) + ("\n  …" if len(bad) > 20 else "")
+        )
+    kept = [name for name in wanted if name in rows]
+    empty = set(names) - {files[name][0] for name in kept}
+    if empty:
+        raise ValueError(f"class {', '.join(sorted(empty))} below {path} is empty: no readable picture is in it")
+    return Pictures(
+        pixels=pixels if len(kept) == len(wanted) else pixels[[rows[name] for name in kept]],
+        labels=np.array([names.index(files[name][0]) for name in kept]),
+        splits=np.array([files[name][1] for name in kept]),
+        names=tuple(names),
+        unreadable=tuple(bad),
+    )
+
+
+def _below(path: Path) -> dict[str, tuple[str, str]]:
+    """File name -> (class, split), from the folders that a file is in."""
+    parts = {name: name.split("/") for name in archives.names(path)}
+    tops = {part[0] for part in parts.values() if len(part) > 1}
+    while len(tops) == 1 and all(len(part) > 2 for part in parts.values()):  # archives often wrap all in one folder
+        parts = {name: part[1:] for name, part in parts.items()}
+        tops = {part[0] for part in parts.values()}
+    is_split = {"train", "test"} <= {_SPLITS.get(top.lower()) for top in tops}
+    if is_split:
+        unknown = sorted(top for top in tops if top.lower() not in _SPLITS)
+        if unknown:
+            raise ValueError(f"{path} holds train and test, but also {', '.join(unknown)}; expected splits only")
+    depth = 1 if is_split else 0
+    files = {
+        name: (part[depth], _SPLITS[part[0].lower()] if is_split else "")
+        for name, part in parts.items()
+        if len(part) > depth + 1
+    }
+    if path.is_dir():
+        roots = [folder for folder in path.iterdir() if folder.is_dir()] if is_split else [path]
+        classes = [folder for root in roots for folder in root.iterdir() if folder.is_dir()]
+        empty = [f for f in classes if not f.name.startswith(".") and not any(i.is_file() for i in f.rglob("*"))]
+        if empty:
+            raise ValueError(f"class {empty[0].name} is empty: no file is below {empty[0]}; add pictures or remove it")
+    if not files:
+        raise ValueError(
+            f"no pictures below {path}; expected one sub-folder a class, each with {' '.join(SUFFIXES)} files"
+        )
+    return files
+
+
+def _listed(path: Path) -> tuple[Path, dict[str, tuple[str, str]]]:
+    """Folder of a table of pictures, and file name -> (class, split)."""
+    with path.open(encoding="utf-8-sig") as file:
+        has_split = "split" in file.readline().rstrip("\r\n").split("\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = tables.read(path, ("image", "label", "split") if has_split else ("image", "label"))
+    missing = [row[0] for row in rows if not (path.parent / row[0]).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} lists {missing[0]}, which is not in {path.parent} ({len(missing)} missing)")
+    wrong = sorted({row[2] for row in rows if has_split and row[2].lower() not in _SPLITS})
+    if wrong:
+        raise ValueError(f"{path}: split {', '.join(wrong)} is unknown; expected {', '.join(_SPLITS)}")
+    if not rows:
+        raise ValueError(f"{path} lists no picture")
+    return path.parent, {row[0]: (row[1], _SPLITS[row[2].lower()] if has_split else "") for row in rows}
+
+
+def _measure(contents: Iterable[tuple[str, bytes]], *, size: int, channels: int) -> tuple[int, int]:
+    """Size and channels, where they are not given, from the first hundred readable pictures."""
+    if size and channels:
+        return size, channels
+    shapes = []
+    for _, content in contents:
+        try:
+            shapes.append(tf.io.decode_image(content, expand_animations=False).shape)
+        except tf.errors.InvalidArgumentError:
+            continue  # `read` names it
+        if len(shapes) == 100:
+            break
+    sides = [min(shape[:2]) for shape in shapes] or [16]
+    colour = any(shape[2] >= 3 for shape in shapes)
+    return size or int(np.clip(np.median(sides), 16, 96)), channels or (3 if colour else 1)
+
+
+def _room(count: int, size: int, channels: int) -> np.ndarray:
+    """Space for pictures: in memory, or mapped from a file that vanishes with the process."""
+    shape = (count, size, size, channels)
+    if np.prod(shape, dtype=np.int64) <= IN_MEMORY:
+        return np.zeros(shape, np.uint8)
+    return np.memmap(tempfile.TemporaryFile(prefix="cornucopia-pixels-"), np.uint8, "w+", shape=shape)
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def _reason(content: bytes, error: tf.errors.InvalidArgumentError) -> str:
+    if not content:
+        return "the file is empty"
+    first = error.message.split("\n")[0].split(" [Op:")[0]
+    return first.removeprefix("{{function_node __wrapped__DecodeImage_device_/job:localhost/replica:0}} ")

@@ -1,0 +1,111 @@
+"""From a trained model to a version that TensorFlow Serving, or a Keras program elsewhere, runs as it is.
+
+`write` puts a candidate beside the versions, under a name that no server reads. It becomes a version, by renaming,
+only in `publish`, after its served answers have been compared with the model in memory.
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from shared.run import Config
+
+WARM_UP = 4  # requests that a server runs before a version takes traffic, of one and of several examples
+
+
+def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[str, np.ndarray]) -> Path:
+    """Save an endpoint as a candidate: SavedModel, warm-up requests, config; return its folder.
+
+    Raises:
+        OSError: the disk refuses; nothing is left behind.
+    """
+    base = Path(config.saved_models) / task_name
+    base.mkdir(parents=True, exist_ok=True)
+    candidate = Path(tempfile.mkdtemp(prefix=".candidate-", dir=base))
+    candidate.chmod(0o755)  # a server may run as another user
+    try:
+        tf.saved_model.save(endpoint, str(candidate), signatures=endpoint.__call__)
+        extra = candidate / "assets.extra"
+        extra.mkdir()
+        _write_warm_up(extra / "tf_serving_warmup_requests", task_name, request)
+        settings = {"task": task_name, "config": dataclasses.asdict(config)}
+        (extra / "config.json").write_text(json.dumps(settings, indent=1))
+    except BaseException:
+        shutil.rmtree(candidate, ignore_errors=True)
+        raise
+    return candidate
+
+
+def publish(
+    candidate: Path, *, model: keras.Model, task: ModuleType, report: Mapping[str, Any], about: Mapping[str, str]
+) -> Path:
+    """Add archive, metrics and model card to a candidate, and make it the next version; return its folder."""
+    extra = candidate / "assets.extra"
+    try:
+        model.save(extra / "model.keras")
+        (extra / "metrics.json").write_text(json.dumps(report, indent=1))
+        (extra / "card.md").write_text(card(model, task, report, about))
+        while True:
+            version = candidate.parent / str(max([0, *versions(candidate.parent)]) + 1)
+            try:
+                # Fails where another run has just published that number: a folder in use is never replaced.
+                candidate.rename(version)
+            except OSError:
+                if not version.exists():
+                    raise
+            else:
+                return version
+    except BaseException:
+        shutil.rmtree(candidate, ignore_errors=True)
+        raise
+
+
+def versions(base: Path) -> list[int]:
+    """Numbers of the versions below a model's folder, rising."""
+    return sorted(int(child.name) for child in base.glob("*") if child.name.isdecimal() and child.is_dir())
+
+
+def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]) -> None:
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    from shared.serving import client
+
+    count = len(next(iter(request.values())))
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for rows in [1, count][:WARM_UP]:
+            message = client.request(task_name, {name: value[:rows] for name, value in request.items()})
+            log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=message))
+            writer.write(log.SerializeToString())
+
+
+def card(model: keras.Model, task: ModuleType, report: Mapping[str, Any], about: Mapping[str, str]) -> str:
+    """A model card (Mitchell et al. 2019) in Markdown, from what the run measured."""
+    lines = [f"# {report['task']}", "", (task.__doc__ or "").strip().split("\n")[0], "", "## Results", ""]
+    lines += [f"Protocol: {about['protocol']}. Intervals: 95 %, bootstrap over the test examples.", ""]
+    lines += ["| metric | this model | baseline | published |", "| --- | --- | --- | --- |"]
+    for metric, value in report["test"].items():
+        beside = report["baseline"].get(metric)
+        lines.append(f"| {metric} | {_cell(value)} | {_cell(beside)} | {about.get(f'published {metric}', '')} |")
+    lines += ["", "## Data", ""]
+    lines += [f"* {key}: {value}" for key, value in about.items() if not key.startswith("published") and value]
+    cost = report["cost"]
+    lines += ["", "## Model and cost", ""]
+    lines += [f"* {model.count_params():,} parameters; `model.keras` opens with `keras.saving.load_model`"]
+    lines += [f"* trained for {cost['epochs']} epochs, of which {cost['best_epoch']} was best on validation"]
+    lines += [f"* {cost['train_seconds'] / 60:.1f} minutes, {cost['examples_per_second']:,.0f} examples/s, "
+              f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB"]  # fmt: skip
+    lines += ["", "## Limits", "", about.get("limits", "")]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    return f"{value['value']:.4f} ({value['low']:.4f}-{value['high']:.4f})" if value else ""

@@ -1,0 +1,34 @@
+"""Test metrics, each with the interval in which it would fall on other test examples of the same kind."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import scipy.stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A metric on the test examples with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f}-{self.high:.4f})"
+
+
+def measured(statistic: Callable[..., float], *examples: np.ndarray, seed: int = 1, resamples: int = 1000) -> Measured:
+    """A statistic of test examples and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        statistic: takes as many arrays as there are `examples` -> a number.
+        examples: arrays of one length, drawn from together, with replacement.
+    """
+    value = float(statistic(*examples))
+    found = scipy.stats.bootstrap(
+        examples, statistic, n_resamples=resamples, paired=True, vectorized=False, method="percentile",
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return Measured(value, float(found.confidence_interval.low), float(found.confidence_interval.high))

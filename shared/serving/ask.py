@@ -1,0 +1,70 @@
+"""One raw request to a server, and its answer as a person reads it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+from shared.serving.client import Client
+
+FILES = ("image", "audio")  # inputs that take the content of a file; a person gives its path
+
+
+def ask(model: str, values: Mapping[str, str], *, address: str) -> None:
+    """Print a model's answer to inputs given as text.
+
+    Raises:
+        ValueError: an input is missing, unknown or not of its type, or the server refuses; says which.
+        OSError: no server answers at the address, or a file cannot be read.
+    """
+    with Client(address) as client:
+        try:
+            inputs = client.inputs(model)
+            missing, unknown = sorted(set(inputs) - set(values)), sorted(set(values) - set(inputs))
+            if missing or unknown:
+                expected = " ".join(f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs)
+                raise ValueError(f"{model} takes {expected}; "
+                                 + "; ".join([f"{name} is missing" for name in missing]
+                                             + [f"{name} is unknown" for name in unknown]))  # fmt: skip
+            batch = {name: _parse(name, values[name], dtype, shape) for name, (dtype, shape) in inputs.items()}
+            answer = client.predict(model, batch)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise ConnectionError(f"no server answers at {address}; start one with make serve") from error
+            raise ValueError(f"the server refuses ({error.code().name}): {error.details()}") from error
+    print(describe({name: value[0] for name, value in answer.items()}))
+
+
+def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """One example, with a batch of one in front, from the text of a flag."""
+    if dtype == np.dtype(object):
+        return np.array([Path(text).read_bytes() if name in FILES else text.encode()], object)
+    try:
+        value = np.array([float(number) for number in text.replace(",", " ").split()]).astype(dtype)
+    except ValueError as error:
+        raise ValueError(f"--{name} takes {dtype} numbers with commas or spaces between, not {text!r}") from error
+    return value.reshape([1, *([-1] if len(shape) > 1 else [])])
+
+
+def describe(answer: Mapping[str, np.ndarray]) -> str:
+    """An answer to one example, a line for each output; `top_labels` and `top_scores` become a list."""
+    lines = []
+    for name, value in answer.items():
+        if name in ("top_labels", "top_scores"):
+            continue
+        lines.append(f"{name:<10} {_show(value)}")
+    if "top_labels" in answer:
+        for place, (label, score) in enumerate(zip(answer["top_labels"], answer["top_scores"], strict=True), start=1):
+            lines.append(f"{f'top {place}':<10} {_show(score)}  {_show(label)}")
+    return "\n".join(lines)
+
+
+def _show(value) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.ndarray) and value.ndim:
+        return " ".join(_show(item) for item in value.tolist())
+    if isinstance(value, float | np.floating):
+        return f"{value:.4f}"
+    return str(value)

@@ -1,0 +1,90 @@
+"""The start of a run: its folder, its seed, its precision, its devices."""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from shared.run import Config, say
+
+# What may differ between a run and the one that goes on with it.
+_FREE = ("resume", "name", "runs", "saved_models")
+
+
+def begin(task_name: str, config: Config) -> Config:
+    """Make or find the run's folder, then seed everything; return the config with the run's name.
+
+    Raises:
+        FileNotFoundError: there is no run to go on with.
+        ValueError: the run to go on with had other settings; says which.
+        OSError: a folder cannot be written to, said before any work is done.
+    """
+    name = config.name or (_newest(task_name, Path(config.runs)) if config.resume else _fresh(task_name, config))
+    config = dataclasses.replace(config, name=name)
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
+    for folder in (config.folder, Path(config.saved_models)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write to {folder}: {error.strerror}; make room or name another folder") from error
+    record = config.folder / "config.json"
+    if config.resume:
+        if not record.exists():
+            raise FileNotFoundError(f"there is no run in {config.folder} to go on with; leave out --resume")
+        before = json.loads(record.read_text())["config"]
+        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items()
+                   if before.get(key) != value]  # fmt: skip
+        if changed:
+            raise ValueError(f"run {name} had other settings ({'; '.join(changed)}): give the same, or no --resume")
+    elif record.exists():
+        raise ValueError(f"{config.folder} holds a run already: add --resume to go on with it, or choose another name")
+    else:
+        record.write_text(json.dumps({"task": task_name, "config": settings}, indent=1))
+    say("run", f"{config.folder}{' (going on)' if config.resume else ''}")
+
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.mixed_precision.set_global_policy(config.precision)
+    return config
+
+
+@functools.cache
+def strategy(name: str = "auto") -> tf.distribute.Strategy:
+    """The devices to train on; cached, for a second mirrored strategy in one process aborts on CPU.
+
+    Args:
+        name: "one" device, "mirrored" over all GPUs, or without GPUs over all logical CPUs, or "auto": mirrored
+            where there is more than one GPU.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
+        devices = gpus or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
+
+
+def _fresh(task_name: str, config: Config) -> str:
+    name = stamp = f"{task_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    again = 1
+    while (Path(config.runs) / name).exists():
+        again += 1
+        name = f"{stamp}-{again}"
+    return name
+
+
+def _newest(task_name: str, runs: Path) -> str:
+    # By the time a run began: config.json is written once.
+    found = sorted(runs.glob("*/config.json"), key=lambda record: record.stat().st_mtime)
+    mine = [record.parent.name for record in found if json.loads(record.read_text())["task"] == task_name]
+    if not mine:
+        raise FileNotFoundError(f"no run of {task_name} is in {runs} to go on with; leave out --resume")
+    return mine[-1]
