@@ -69,9 +69,10 @@ def publish(
         raise
 
 
-def versions(base: Path) -> list[int]:
-    """Numbers of the versions below a model's folder, rising."""
-    return sorted(int(child.name) for child in base.glob("*") if child.name.isdecimal() and child.is_dir())
+def versions(base: Path) -> dict[int, Path]:
+    """Number -> folder of the versions below a model's folder, rising; as for TensorFlow Serving, 00003 is 3."""
+    found = {int(child.name): child for child in sorted(base.glob("*")) if child.name.isdecimal() and child.is_dir()}
+    return dict(sorted(found.items()))
 
 
 def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]) -> None:

@@ -24,7 +24,8 @@ class Config:
     patience: int = 10  # epochs without a better validation result before training stops
     seed: int = 1  # of everything random
     deterministic: bool = False  # make two runs equal to the bit, at some cost in speed
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"  # of the network's arithmetic
+    # Of the network's arithmetic; auto: mixed_bfloat16 where the processor multiplies it in hardware, else float32.
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     strategy: Literal["auto", "one", "mirrored"] = "auto"  # devices: auto is every GPU, or the one CPU
     on_error: Literal["fail", "skip"] = "fail"  # what an unreadable example does to the run
     name: str = ""  # of the run, its folder below `runs`; empty: the task's name and the time
@@ -88,10 +89,11 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     from shared import export, training
 
     base = Path(flags.saved_models) / task_name
-    version = flags.version or max(export.versions(base), default=0)
-    extra = base / str(version) / "assets.extra"
-    if not extra.is_dir():
+    versions = export.versions(base)
+    version = flags.version or max(versions, default=0)
+    if version not in versions:
         raise FileNotFoundError(f"there is no version {version or ''} below {base}; train one first")
+    extra = versions[version] / "assets.extra"
     saved = json.loads((extra / "config.json").read_text())["config"]
     changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False}
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))

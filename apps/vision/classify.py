@@ -27,9 +27,11 @@ class Config(run.Config):
     decay: float = 5e-4  # weight decay, through an L2 penalty on the kernels
     smoothing: float = 0.1  # share of the target that is spread over all classes
     width: int = 64  # channels of the first residual stage
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
     flip: Literal["auto", "yes", "no"] = "auto"  # mirror training pictures; auto: yes, but not the digits
-    shift: float = 0.07  # the most that training pictures move, as a share of their side
-    erase: float = 0.5  # share of training pictures with a random patch replaced by noise
+    mirror: bool = True  # where training flips: answer with the mean over a picture and its mirror image
+    shift: float = 0.05  # the most that training pictures move, as a share of their side
+    erase: float = 0.25  # share of training pictures with a random patch replaced by noise
     augment: Literal["none", "rand_augment"] = "none"  # further changes to training pictures
     mix: Literal["none", "mixup", "cutmix"] = "none"  # blend pairs of training pictures and their targets
     backbone: str = ""  # folder of a KerasHub preset (made by save_to_preset) to start from
@@ -163,10 +165,14 @@ class StepSeed(keras.random.SeedGenerator):
         return tf.stack([tf.constant(1_000 * self.seed + self.calls), self.step])
 
 
+def _flips(config: Config) -> bool:
+    return config.flip == "yes" or (config.flip == "auto" and config.data != "")
+
+
 def _augmentation(config: Config, *, size: int):
     """A function (pictures [batch, height, width, channel] in 0 to 255, targets, step) -> the same, changed."""
     layers = []
-    if config.flip == "yes" or (config.flip == "auto" and config.data != ""):
+    if _flips(config):
         layers.append(keras.layers.RandomFlip("horizontal"))
     if config.shift:
         layers.append(keras.layers.RandomTranslation(config.shift, config.shift, fill_mode="nearest"))
@@ -228,13 +234,14 @@ def _residual(config: Config, splits: data.Splits, pictures):
         x = convolve(x, channels, activation=None)
         return keras.layers.Activation("relu")(keras.layers.Add()([straight, x]))
 
-    normal = keras.layers.Normalization()
+    normal = keras.layers.Normalization(dtype="float32")
     normal.adapt(splits.train.map(lambda picture, target: picture))
     x = normal(pictures)
     x = convolve(x, config.width // 2)  # [batch, size, size, width / 2]
     x = convolve(x, config.width, stride=2)  # [batch, size / 2, size / 2, width]
     x = block(x, config.width)
-    x = block(x, 2 * config.width, stride=2)
+    x = block(x, 2 * config.width, stride=2)  # [batch, size / 4, size / 4, 2 * width]
+    x = block(x, 2 * config.width)
     return keras.layers.GlobalAveragePooling2D()(x)
 
 
@@ -280,34 +287,44 @@ def train(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, 
 
 
 def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
-    scores = tf.nn.softmax(model.predict(splits.test, verbose=0)).numpy()
-    labels = np.concatenate([np.argmax(target, -1) for _, target in splits.test])
+    answer = tf.function(lambda pictures: _scores(config, model, pictures))
+    scores, labels = [], []
+    for pictures, targets in splits.test:
+        scores.append(answer(pictures))
+        labels.append(np.argmax(targets, -1))
+    scores, labels = np.concatenate(scores), np.concatenate(labels)
     classification.plot_confusion(labels, scores.argmax(-1), splits.names, config.folder / "confusion_matrix.png")
     return classification.classification(labels, scores)
+
+
+def _scores(config: Config, model: keras.Model, pictures: tf.Tensor) -> tf.Tensor:
+    """Probabilities [batch, class], as they are measured and as they are served."""
+    scores = tf.nn.softmax(model(pictures, training=False))
+    if _flips(config) and config.mirror:
+        scores = (scores + tf.nn.softmax(model(pictures[:, :, ::-1], training=False))) / 2
+    return scores
 
 
 def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
     """A linear SVM on histograms of oriented gradients (Dalal & Triggs 2005)."""
     from skimage.feature import hog
+    from sklearn.linear_model import SGDClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
+
+    cell = max(4, splits.train.element_spec[0].shape[1] // 8)  # about eight cells a side
 
     def features(batches):
-        cell = max(4, batches.element_spec[0].shape[1] // 8)
         found, labels = [], []
         for pictures, targets in batches:
             grey = pictures.numpy().mean(-1)
-            found += [
-                hog(one, orientations=9, pixels_per_cell=(cell, cell), cells_per_block=(2, 2)).astype(np.float32)
-                for one in grey
-            ]
+            rows = [hog(one, pixels_per_cell=(cell, cell), cells_per_block=(2, 2)) for one in grey]
+            found.append(np.array(rows, np.float32))  # [picture, feature]
             labels.append(np.argmax(targets, -1))
-        return np.stack(found), np.concatenate(labels)
+        return np.concatenate(found), np.concatenate(labels)
 
-    machine = make_pipeline(
-        StandardScaler(copy=False), LinearSVC(C=0.003, dual=False, tol=1e-3, random_state=config.seed)
-    )
+    machine = SGDClassifier(alpha=1e-5, average=True, max_iter=20, tol=None, random_state=config.seed, n_jobs=-1)
+    machine = make_pipeline(StandardScaler(copy=False), machine)
     machine.fit(*features(splits.train))
     found, labels = features(splits.test)
     return classification.decisions(labels, machine.predict(found))
@@ -316,12 +333,12 @@ def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]
 class Endpoint(tf.Module):
     def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
         super().__init__()
-        self.model, self.preprocess = model, splits.preprocess
+        self.config, self.model, self.preprocess = config, model, splits.preprocess
         self.names = tf.constant(splits.names)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image")])
     def __call__(self, image):
-        scores = tf.nn.softmax(self.model(self.preprocess(image), training=False))  # [batch, class]
+        scores = _scores(self.config, self.model, self.preprocess(image))
         top = tf.math.top_k(scores, k=min(5, self.names.shape[0]))
         return {
             "label": tf.gather(self.names, top.indices[:, 0]),

@@ -190,7 +190,8 @@ def _room(count: int, size: int, channels: int) -> np.ndarray:
     shape = (count, size, size, channels)
     if np.prod(shape, dtype=np.int64) <= IN_MEMORY:
         return np.zeros(shape, np.uint8)
-    return np.memmap(tempfile.TemporaryFile(prefix="cornucopia-pixels-"), np.uint8, "w+", shape=shape)
+    with tempfile.TemporaryFile(prefix="cornucopia-pixels-") as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -206,5 +207,6 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 def _reason(content: bytes, error: tf.errors.InvalidArgumentError) -> str:
     if not content:
         return "the file is empty"
-    first = error.message.split("\n")[0].split(" [Op:")[0]
-    return first.removeprefix("{{function_node __wrapped__DecodeImage_device_/job:localhost/replica:0}} ")
+    lines = [line.strip() for line in error.message.splitlines()]
+    told = [line for line in lines if line and not line.startswith(("[[", "Detected at", "Graph execution", "File "))]
+    return told[-1].split(" [Op:")[0] if told else "cannot be decoded"

@@ -61,5 +61,5 @@ class Client:
                 np.dtype(tf.dtypes.as_dtype(info.dtype).as_numpy_dtype),
                 tuple(dim.size for dim in info.tensor_shape.dim),
             )
-            for name, info in signature.inputs.items()
+            for name, info in sorted(signature.inputs.items())
         }

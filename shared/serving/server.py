@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import tensorflow as tf
+from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -83,11 +84,10 @@ class Model:
             except ValueError as error:
                 raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"tensor parsing error: {name}") from error
             if proto.dtype != expected.as_datatype_enum:
-                given = tf.dtypes.as_dtype(proto.dtype).name
                 index = sorted(definition.inputs).index(name)
                 raise RefusedError(
                     grpc.StatusCode.INVALID_ARGUMENT,
-                    f"Expects arg[{index}] to be {expected.name} but {given} is provided",
+                    f"Expects arg[{index}] to be {_name(definition.inputs[name].dtype)} but {_name(proto.dtype)} is provided",
                 )
             arguments[name] = tf.constant(array, dtype=expected)
         try:
@@ -124,6 +124,10 @@ class Model:
                 refuse = f"duplicate output tensor alias: {name}"
         if refuse:
             raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, refuse)
+
+
+def _name(dtype: int) -> str:
+    return types_pb2.DataType.Name(dtype).removeprefix("DT_").lower()
 
 
 _CODES = {code: name for name, code in vars(tf.errors).items() if isinstance(code, int)}
@@ -254,8 +258,8 @@ def newest(folder: Path) -> dict[str, Path]:
     """
     found = {}
     for base in sorted(folder.glob("*")):
-        if base.is_dir() and (numbers := export.versions(base)):
-            found[base.name] = base / str(numbers[-1])
+        if base.is_dir() and (versions := export.versions(base)):
+            found[base.name] = versions[max(versions)]
     if not found:
         raise FileNotFoundError(f"no model is below {folder}; train one first, e.g. make vision.classify")
     return found

@@ -50,7 +50,9 @@ def fit(
     keeper.restore()
     clock = InputClock()
     size = f"{model.count_params():,} parameters"
-    say("network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {config.precision}")
+    say(
+        "network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {model.dtype_policy.name}"
+    )
     if keeper.epoch < config.epochs and not keeper.stopped:
         model.fit(
             clock.watch(splits.stream(int(model.optimizer.iterations.numpy()))),
@@ -89,7 +91,7 @@ class _Keeper(keras.callbacks.Callback):
         self.config = config
         self.epoch = 0  # finished ones
         self.best_epoch = 0
-        self.best = -math.inf
+        self.best = [-math.inf]
         self.history: dict[str, list[float]] = {}
         self.seconds = 0.0  # of training, over all sittings
         self.seconds_here = 0.0  # of this sitting
@@ -145,7 +147,7 @@ class _Keeper(keras.callbacks.Callback):
         self.epoch = epoch + 1
         for key, value in logs.items():
             self.history.setdefault(key, []).append(value)
-        score = logs.get("val_accuracy", -logs["val_loss"])
+        score = [logs.get("val_accuracy", -logs["val_loss"]), -logs["val_loss"]]  # the loss decides between equals
         better = score > self.best
         if better:
             self.best, self.best_epoch = score, epoch

@@ -1,0 +1,43 @@
+"""`apps` imports `shared`, `shared` imports libraries; never sideways, never up."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted([*ROOT.glob("apps/**/*.py"), *ROOT.glob("shared/**/*.py")])
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert "apps" not in tops
+    if path.is_relative_to(ROOT / "shared"):
+        # These silently choose a Keras version, or are only some tasks' extras.
+        assert not tops & {"keras_hub", "keras_nlp", "keras_cv", "tf_keras", "tensorflow_recommenders"}
+        assert "tf.keras" not in path.read_text()
+
+
+def test_command_answers_without_tensorflow():
+    code = (
+        "import sys; sys.argv = ['cornucopia', 'train', 'vision.classify', '--help']\n"
+        "from shared import command\n"
+        "try: command.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert command.tasks()\n"
+        "assert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "side of the square that the network sees" in done.stdout
