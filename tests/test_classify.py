@@ -172,7 +172,7 @@ def test_splits_keep_every_class_and_follow_the_seed():
         assert set(labels[part]) == {0, 1, 2}
     again, other = (classify._split(none, labels, ("a", "b", "c"), seed=seed) for seed in (1, 2))
     assert list(again["test"]) == list(rows["test"]) != list(other["test"])
-    with pytest.raises(ValueError, match="class b has too few pictures"):
+    with pytest.raises(ValueError, match=r"class b has too few pictures"):
         classify._split(np.full(6, ""), np.array([0, 0, 0, 0, 0, 1]), ("a", "b"), seed=1)
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_file_system_is_the_registry():
 
 
 def test_names_and_their_order(task):
-    tree = ast.parse(open(task.__file__).read())
+    tree = ast.parse(Path(task.__file__).read_text())
     names = []
     for node in tree.body:
         names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []

@@ -44,7 +44,7 @@ def test_an_epoch_has_each_example_once_and_the_next_another_order():
 
 
 def test_fewer_examples_than_a_batch():
-    with pytest.raises(ValueError, match="20 training examples do not fill one batch of 128: use --batch=20"):
+    with pytest.raises(ValueError, match=r"20 training examples do not fill one batch of 128: use --batch=20"):
         data.stream(20, batch=128, seed=1, read=None)
 
 
@@ -72,13 +72,13 @@ def test_idx(tmp_path):
     write_idx(tmp_path / "a.gz", array)
     assert (idx.read(tmp_path / "a.gz") == array).all()
     write_idx(tmp_path / "b.gz", array, cut=5)
-    with pytest.raises(ValueError, match="cut short: its header promises 24 numbers, it holds 19"):
+    with pytest.raises(ValueError, match=r"cut short: its header promises 24 numbers, it holds 19"):
         idx.read(tmp_path / "b.gz")
     (tmp_path / "c.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-10])
-    with pytest.raises(ValueError, match="broken or cut short"):
+    with pytest.raises(ValueError, match=r"broken or cut short"):
         idx.read(tmp_path / "c.gz")
     (tmp_path / "d").write_bytes(b"PNG?")
-    with pytest.raises(ValueError, match="is not an IDX file"):
+    with pytest.raises(ValueError, match=r"is not an IDX file"):
         idx.read(tmp_path / "d")
 
 
@@ -87,13 +87,13 @@ def test_tables(tmp_path):
     assert tables.read(tmp_path / "a.csv", ("text", "label")) == [("one, two", "yes"), ("three", "no")]
     (tmp_path / "a.tsv").write_text("label\ttext\nyes\tone, two\n")
     assert tables.read(tmp_path / "a.tsv", ("text", "label")) == [("one, two", "yes")]
-    with pytest.raises(ValueError, match="has no column image; expected a first line that names image, label"):
+    with pytest.raises(ValueError, match=r"has no column image; expected a first line that names image, label"):
         tables.read(tmp_path / "a.csv", ("image", "label"))
     (tmp_path / "b.csv").write_text("text,label\none\n")
-    with pytest.raises(ValueError, match="line 2: fewer fields"):
+    with pytest.raises(ValueError, match=r"line 2: fewer fields"):
         tables.read(tmp_path / "b.csv", ("text", "label"))
     (tmp_path / "c.csv").write_bytes("text,label\ncaf\xe9,x\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match=r"not UTF-8"):
         tables.read(tmp_path / "c.csv", ("text", "label"))
 
 
@@ -114,7 +114,7 @@ def test_archives_read_like_folders(pictures, tmp_path, form):
     assert (read.pixels == plain.pixels).all()
     assert (read.labels == plain.labels).all()
     packed.write_bytes(packed.read_bytes()[:200])
-    with pytest.raises(ValueError, match="is a broken archive"):
+    with pytest.raises(ValueError, match=r"is a broken archive"):
         archives.names(packed)
 
 
@@ -173,7 +173,7 @@ def test_corrupt_picture_is_named_and_can_be_skipped(pictures):
     (folder / "dark" / "3.png").write_bytes((folder / "dark" / "4.png").read_bytes()[:60])
     (folder / "light" / "5.png").write_bytes(b"")
     (folder / "light" / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match="3 of 61 files") as error:
+    with pytest.raises(ValueError, match=r"3 of 61 files") as error:
         images.read(folder, **READ)
     message = str(error.value)
     assert "--on-error=skip" in message
@@ -186,24 +186,24 @@ def test_corrupt_picture_is_named_and_can_be_skipped(pictures):
 
 
 def test_folders_that_cannot_be_learned_from(pictures, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; expected a folder or an archive"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; expected a folder or an archive"):
         images.read(tmp_path / "nowhere", **READ)
     (tmp_path / "file.mp3").write_bytes(b"")
-    with pytest.raises(ValueError, match="is neither a folder nor an archive"):
+    with pytest.raises(ValueError, match=r"is neither a folder nor an archive"):
         images.read(tmp_path / "file.mp3", **READ)
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="no pictures below .*; expected one sub-folder a class"):
+    with pytest.raises(ValueError, match=r"no pictures below .*; expected one sub-folder a class"):
         images.read(tmp_path / "void", **READ)
     folder = pictures(names=("dark",))
     with pytest.raises(ValueError, match=r"holds one class only \(dark\)"):
         images.read(folder, **READ)
     (folder / "light").mkdir()
-    with pytest.raises(ValueError, match="class light is empty: no file is below"):
+    with pytest.raises(ValueError, match=r"class light is empty: no file is below"):
         images.read(folder, **READ)
     (folder / "light" / "clip.webp").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"light/clip\.webp: no picture by its ending"):
         images.read(folder, **READ)
-    with pytest.raises(ValueError, match="class light below .* is empty: no readable picture"):
+    with pytest.raises(ValueError, match=r"class light below .* is empty: no readable picture"):
         images.read(folder, **{**READ, "on_error": "skip"})
 
 
@@ -228,7 +228,7 @@ def test_audit_counts(capsys):
 
 
 def test_audit_refuses():
-    with pytest.raises(ValueError, match="no training example of class yes"):
+    with pytest.raises(ValueError, match=r"no training example of class yes"):
         audit({"train": (np.ones((2, 2)), np.array([0, 0]))}, ["no", "yes"])
     broken = np.array([[1.0, np.nan], [1, 2]])
     with pytest.raises(ValueError, match=r"NaN or infinity \(1 in train\)"):
@@ -277,7 +277,7 @@ def web(tmp_path, monkeypatch):
 
 def test_download_goes_on_where_it_broke(web, tmp_path):
     web["cut"] = 400_000
-    with pytest.raises(FileNotFoundError, match="the transfer broke after 400,000 of 1,048,576 bytes"):
+    with pytest.raises(FileNotFoundError, match=r"the transfer broke after 400,000 of 1,048,576 bytes"):
         named.find("numbers")
     web["cut"] = None
     path = named.find("numbers")["numbers.bin"]
@@ -291,7 +291,7 @@ def test_download_goes_on_where_it_broke(web, tmp_path):
 
 def test_download_of_something_else_is_refused(web, tmp_path):
     web["content"] = b"an error page"
-    with pytest.raises(ValueError, match="is not the published file"):
+    with pytest.raises(ValueError, match=r"is not the published file"):
         named.find("numbers")
     assert not list((tmp_path / "keras").rglob("*.bin*"))
 
@@ -306,5 +306,5 @@ def test_data_that_cannot_be_had(web, monkeypatch, tmp_path):
     monkeypatch.setenv("CORNUCOPIA_DATA", str(tmp_path / "given"))
     (tmp_path / "given" / "gone").mkdir(parents=True)
     (tmp_path / "given" / "gone" / "gone.bin").write_bytes(b"other")
-    with pytest.raises(ValueError, match="is not the published file: expected SHA-256 0000"):
+    with pytest.raises(ValueError, match=r"is not the published file: expected SHA-256 0000"):
         named.find("gone")

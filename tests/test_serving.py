@@ -145,7 +145,7 @@ def test_metadata(stubs):
     assert reply.metadata["signature_def"].Unpack(found)
     assert set(found.signature_def) == {"serving_default", "__saved_model_init_op"}
     wanted.metadata_field[0] = "other"
-    with pytest.raises(grpc.RpcError, match="Metadata field other is not supported"):
+    with pytest.raises(grpc.RpcError, match=r"Metadata field other is not supported"):
         stubs[0].GetModelMetadata(wanted)
 
 
@@ -155,10 +155,10 @@ def test_status(stubs):
     (version,) = stubs[1].GetModelStatus(wanted).model_version_status
     assert (version.version, version.state) == (3, get_model_status_pb2.ModelVersionStatus.AVAILABLE)
     wanted.model_spec.version.value = 9
-    with pytest.raises(grpc.RpcError, match="Could not find version 9 of model adder"):
+    with pytest.raises(grpc.RpcError, match=r"Could not find version 9 of model adder"):
         stubs[1].GetModelStatus(wanted)
     wanted.model_spec.name = "x"
-    with pytest.raises(grpc.RpcError, match="Could not find any versions of model x"):
+    with pytest.raises(grpc.RpcError, match=r"Could not find any versions of model x"):
         stubs[1].GetModelStatus(wanted)
 
 
@@ -182,33 +182,33 @@ def test_strings_survive():
 def test_taken_port_and_broken_models(running, tree, tmp_path):
     with pytest.raises(OSError, match=f"port {running.port} of 127.0.0.1 cannot be had"):
         server.Server(server.newest(tree), port=running.port)
-    with pytest.raises(FileNotFoundError, match="no model is below"):
+    with pytest.raises(FileNotFoundError, match=r"no model is below"):
         server.newest(tmp_path)
     (tmp_path / "m" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds no saved_model\.pb"):
         server.Server(server.newest(tmp_path))
     (tmp_path / "m" / "1" / "saved_model.pb").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=r"cannot be loaded"):
         server.Server(server.newest(tmp_path))
 
 
 def test_check_finds_a_served_answer_that_differs():
     expected = {"sum": np.array([1.5, 2.5]), "text": np.array([b"1.000000", b"2.000000"], object)}
     assert compare(expected, expected) == 0
-    with pytest.raises(ValueError, match="served sum differs from the model in memory by 0.5"):
+    with pytest.raises(ValueError, match=r"served sum differs from the model in memory by 0.5"):
         compare(expected, {**expected, "sum": np.array([1.5, 3.0])})
-    with pytest.raises(ValueError, match="served text differs"):
+    with pytest.raises(ValueError, match=r"served text differs"):
         compare(expected, {**expected, "text": np.array([b"1.000000", b"x"], object)})
     with pytest.raises(ValueError, match=r"the server answers \['sum'\]"):
         compare(expected, {"sum": expected["sum"]})
 
 
 def test_ask(running, capsys):
-    with pytest.raises(ValueError, match="adder takes --a=VALUE --b=VALUE; b is missing; c is unknown"):
+    with pytest.raises(ValueError, match=r"adder takes --a=VALUE --b=VALUE; b is missing; c is unknown"):
         ask.ask("adder", {"a": "1", "c": "2"}, address=running.address)
     with pytest.raises(ValueError, match=r"NOT_FOUND.*Servable not found"):
         ask.ask("other", {}, address=running.address)
-    with pytest.raises(ConnectionError, match="no server answers at 127.0.0.1:1; start one with make serve"):
+    with pytest.raises(ConnectionError, match=r"no server answers at 127.0.0.1:1; start one with make serve"):
         ask.ask("adder", {}, address="127.0.0.1:1")
 
 

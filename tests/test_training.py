@@ -97,14 +97,14 @@ def test_non_finite_loss_stops_with_advice(tmp_path):
     config, splits = make_config(tmp_path), make_splits()
     model = make_model(config, splits)
     model.layers[0].kernel.assign(tf.fill([4, 8], np.nan))
-    with pytest.raises(FloatingPointError, match="the loss became nan in epoch 1; lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch 1; lower the learning rate"):
         training.fit(config, model, splits)
 
 
 def stop_after(monkeypatch, epochs):
     """Break off as a kill would, between the end of one epoch and the start of the next."""
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     from shared.training import fit as module
@@ -112,11 +112,11 @@ def stop_after(monkeypatch, epochs):
     class Keeper(module._Keeper):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == epochs:
-                raise Killed
+                raise KilledError
             super().on_epoch_begin(epoch, logs)
 
     monkeypatch.setattr(module, "_Keeper", Keeper)
-    return Killed
+    return KilledError
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])  # 3 does not divide the 8 steps of an epoch
@@ -166,7 +166,7 @@ def test_full_disk_names_the_way_on(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model, "save_weights", full)
-    with pytest.raises(OSError, match="No space left on device; make room, then go on with --resume --name=a"):
+    with pytest.raises(OSError, match=r"No space left on device; make room, then go on with --resume --name=a"):
         training.fit(config, model, splits)
     assert not list(config.folder.glob("draft-*"))
 
@@ -214,23 +214,23 @@ def test_runs_get_names_of_their_own(tmp_path):
     assert first.name != second.name
     assert first.name.startswith("vision.classify-")
     assert begin(tmp_path, resume=True).name == second.name
-    with pytest.raises(ValueError, match="holds a run already: add --resume"):
+    with pytest.raises(ValueError, match=r"holds a run already: add --resume"):
         begin(tmp_path, name=first.name)
 
 
 def test_resume_needs_a_run_with_the_same_settings(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run of vision\.classify is in"):
         begin(tmp_path, resume=True)
-    with pytest.raises(FileNotFoundError, match="there is no run in .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run in .*nothing"):
         begin(tmp_path, resume=True, name="nothing")
     begin(tmp_path, name="mine", epochs=3)
-    with pytest.raises(ValueError, match="other settings .epochs was 3, is 4"):
+    with pytest.raises(ValueError, match=r"other settings .epochs was 3, is 4"):
         begin(tmp_path, name="mine", epochs=4, resume=True)
 
 
 def test_unwritable_folder_is_told_before_any_work(tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="cannot write to .*runs.*; make room or name another folder"):
+    with pytest.raises(OSError, match=r"cannot write to .*runs.*; make room or name another folder"):
         begin(tmp_path, name="x")
 
 

@@ -175,11 +175,14 @@ def _augmentation(config: Config, *, size: int):
     if _flips(config):
         layers.append(keras.layers.RandomFlip("horizontal"))
     if config.shift:
-        layers.append(keras.layers.RandomTranslation(config.shift, config.shift, fill_mode="nearest"))
+        # Whole pixels: interpolation would blur what the network learns from, but not what it is asked about.
+        layers.append(
+            keras.layers.RandomTranslation(config.shift, config.shift, fill_mode="nearest", interpolation="nearest")
+        )
     if config.augment == "rand_augment":
         layers.append(keras.layers.RandAugment(value_range=(0, 255)))
     if config.erase:
-        layers.append(keras.layers.RandomErasing(config.erase, scale=(0.02, 0.2), value_range=(0, 255)))
+        layers.append(keras.layers.RandomErasing((config.erase, config.erase), scale=(0.02, 0.2), value_range=(0, 255)))
     if config.mix != "none":
         layers.append({"mixup": keras.layers.MixUp, "cutmix": keras.layers.CutMix}[config.mix]())
     seed = StepSeed(config.seed)
@@ -200,7 +203,6 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     size, channels = splits.train.element_spec[0].shape[2:]
     pictures = keras.Input([size, size, channels], name="picture")
     features = _backbone(config, pictures) if config.backbone else _residual(config, splits, pictures)
-    features = keras.layers.Dropout(0.2)(features)
     logits = keras.layers.Dense(len(splits.names), dtype="float32", name="logits")(features)
     model = keras.Model(pictures, logits, name="backbone" if config.backbone else "residual")
     rate = training.cosine(config, splits, rate=config.rate / (50 if config.backbone else 1), warm_up=0.2)

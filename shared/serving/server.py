@@ -84,11 +84,9 @@ class Model:
             except ValueError as error:
                 raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"tensor parsing error: {name}") from error
             if proto.dtype != expected.as_datatype_enum:
-                index = sorted(definition.inputs).index(name)
-                raise RefusedError(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"Expects arg[{index}] to be {_name(definition.inputs[name].dtype)} but {_name(proto.dtype)} is provided",
-                )
+                index, wanted = sorted(definition.inputs).index(name), _name(expected.as_datatype_enum)
+                text = f"Expects arg[{index}] to be {wanted} but {_name(proto.dtype)} is provided"
+                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
             arguments[name] = tf.constant(array, dtype=expected)
         try:
             outputs = signature(**arguments)
