@@ -60,6 +60,8 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
         "task": task_name,
         "data": splits.about["data"],
         "protocol": splits.about["protocol"],
+        "published": {key.removeprefix("published "): text for key, text in splits.about.items() if "published" in key},
+        "headline": next(iter(test)),
         "names": list(splits.names),
         "test": {metric: dataclasses.asdict(value) for metric, value in test.items()},
         "baseline": {metric: dataclasses.asdict(value) for metric, value in baseline.items()},

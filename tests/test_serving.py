@@ -13,7 +13,7 @@ from tensorflow_serving.apis import (
 )
 
 from shared.serving import ask, client, server, tensors
-from shared.serving.check import compare
+from shared.serving.checking import compare
 
 
 class Adder(tf.Module):

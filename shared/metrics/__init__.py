@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import scipy.stats
 
+LOWER_IS_BETTER = {"loss", "wer", "rmse", "calibration_error"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:

@@ -42,7 +42,8 @@ def peak_bytes() -> int:
 
 def describe(cost: Mapping[str, float]) -> str:
     """One line on a run's cost, for people."""
+    waited = f"{cost['input_wait']:.1%} of it waiting for input, " if "input_wait" in cost else ""
     return (
         f"{cost['train_seconds'] / 60:.1f} minutes of training, {cost['examples_per_second']:,.0f} examples/s, "
-        f"{cost['input_wait']:.1%} of it waiting for input; peak memory {cost['peak_bytes'] / 2**30:.2f} GiB"
+        f"{waited}peak memory {cost['peak_bytes'] / 2**30:.2f} GiB"
     )

@@ -13,6 +13,7 @@ import keras
 from shared.data import Splits
 from shared.run import Config, say, seconds_since_start
 from shared.training.cost import InputClock
+from shared.training.start import strategy
 
 
 def cosine(
@@ -38,24 +39,27 @@ def fit(
     the batches that came next, so that it ends with the weights of a run that was never interrupted.
 
     Returns:
-        `train_seconds`, without validation, over all sittings; `examples_per_second` of it; `input_wait`, the share
-        of this sitting's training spent waiting for input; `epochs` that were run; `best_epoch`, counted from 1.
+        `train_seconds`, without validation, over all sittings; `examples_per_second` of it; `epochs` that were run;
+        `best_epoch`, counted from 1; but for deterministic mode `input_wait`, the share of this sitting's training
+        that was spent waiting for input.
 
     Raises:
         FloatingPointError: the loss is not finite any more.
     """
-    model.optimizer.build(model.trainable_variables)
     keeper = _Keeper(config)
     keeper.set_model(model)
-    keeper.restore()
+    with strategy(config.strategy).scope():
+        model.optimizer.build(model.trainable_variables)
+        keeper.restore()
     clock = InputClock()
     size = f"{model.count_params():,} parameters"
     say(
         "network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {model.dtype_policy.name}"
     )
     if keeper.epoch < config.epochs and not keeper.stopped:
+        batches = splits.stream(int(model.optimizer.iterations.numpy()))
         model.fit(
-            clock.watch(splits.stream(int(model.optimizer.iterations.numpy()))),
+            batches if config.deterministic else clock.watch(batches),  # no clock is allowed in deterministic mode
             steps_per_epoch=splits.steps,
             validation_data=splits.validation,
             initial_epoch=keeper.epoch,
@@ -68,15 +72,18 @@ def fit(
                 keeper,
             ],
         )
-    keeper.take_best()
+    with strategy(config.strategy).scope():
+        keeper.take_best()
     plot_curves(keeper.history, config.folder / "learning_curve.png")
-    return {
+    cost = {
         "train_seconds": keeper.seconds,
         "examples_per_second": config.batch * keeper.steps_done / max(keeper.seconds, 1e-9),
-        "input_wait": clock.seconds / max(keeper.seconds_here, 1e-9),
         "epochs": keeper.epoch,
         "best_epoch": keeper.best_epoch + 1,
     }
+    if keeper.seconds_here and not config.deterministic:
+        cost["input_wait"] = clock.seconds / keeper.seconds_here
+    return cost
 
 
 class _Keeper(keras.callbacks.Callback):

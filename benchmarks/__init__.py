@@ -1,0 +1,1 @@
+"""What the suite reaches and costs, measured."""

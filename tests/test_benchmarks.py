@@ -1,0 +1,39 @@
+"""The programs that compare results with what is promised, and write the README's table."""
+
+import json
+
+import pytest
+
+from benchmarks import quality, report
+from shared import command
+from shared.metrics import LOWER_IS_BETTER
+
+
+def result(**values):
+    interval = {name: {"value": value, "low": value, "high": value} for name, value in values.items()}
+    return {"test": interval, "baseline": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}}}
+
+
+def test_shortfalls():
+    assert quality.shortfalls(result(accuracy=0.9), {"accuracy": 0.9}) == []
+    assert quality.shortfalls(result(accuracy=0.85), {"accuracy": 0.9}) == ["accuracy 0.8500, expected 0.9"]
+    assert quality.shortfalls(result(accuracy=0.8), {"accuracy": 0.7}) == [
+        "accuracy 0.8000 does not beat the baseline's 0.8000"
+    ]
+    assert "loss" in LOWER_IS_BETTER
+    assert quality.shortfalls(result(loss=1.5), {"loss": 1.4}) == ["loss 1.5000, expected 1.4"]
+    assert quality.shortfalls(result(loss=1.3), {"loss": 1.4}) == []
+
+
+@pytest.mark.parametrize("task", command.tasks())
+def test_expectations_can_be_read_without_the_task(task):
+    for bars in quality.expected(task).values():
+        assert all(isinstance(bar, float) for bar in bars.values())
+
+
+def test_table_and_readme_agree():
+    """The table in the README is what `make report` makes of the results that are committed."""
+    paths = sorted((report.ROOT / "benchmarks" / "results").glob("*.json"))
+    assert paths
+    made = report.table([json.loads(path.read_text()) for path in paths])
+    assert made in (report.ROOT / "README.md").read_text(), "run make report"
