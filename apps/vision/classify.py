@@ -21,6 +21,7 @@ from shared.metrics import classification
 
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
+    epochs: int = 12  # passes over the training examples; over a small set several passes make an epoch
     size: int = 0  # side of the square that the network sees, in pixels; 0: the pictures' own, within 16 to 96
     colour: Literal["auto", "grey", "rgb"] = "auto"  # what the network sees; auto: as the pictures are
     rate: float = 0.2  # peak learning rate; with a backbone a fiftieth of it
@@ -39,7 +40,7 @@ class Config(run.Config):
 
 
 SMOKE = Config(epochs=1, batch=64, size=8, width=8)
-EXPECT = {}
+EXPECT = {"": {"accuracy": 0.97}, "fashion-mnist": {"accuracy": 0.937}}
 
 
 def load(config: Config) -> data.Splits:
@@ -316,14 +317,15 @@ def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]
 
     cell = max(4, splits.train.element_spec[0].shape[1] // 8)  # about eight cells a side
 
+    def describe(picture):
+        return hog(picture.mean(-1), pixels_per_cell=(cell, cell), cells_per_block=(2, 2))
+
     def features(batches):
-        found, labels = [], []
-        for pictures, targets in batches:
-            grey = pictures.numpy().mean(-1)
-            rows = [hog(one, pixels_per_cell=(cell, cell), cells_per_block=(2, 2)) for one in grey]
-            found.append(np.array(rows, np.float32))  # [picture, feature]
-            labels.append(np.argmax(targets, -1))
-        return np.concatenate(found), np.concatenate(labels)
+        pictures = (picture for batch, _ in batches.as_numpy_iterator() for picture in batch)
+        first = describe(next(iter(batches))[0][0].numpy())
+        rows = np.dtype((np.float32, first.shape))  # row by row into one array: there may be many
+        found = np.fromiter(map(describe, pictures), rows)  # [picture, feature]
+        return found, np.concatenate([np.argmax(targets, -1) for _, targets in batches.as_numpy_iterator()])
 
     machine = SGDClassifier(alpha=1e-5, average=True, max_iter=20, tol=None, random_state=config.seed, n_jobs=-1)
     machine = make_pipeline(StandardScaler(copy=False), machine)

@@ -116,6 +116,8 @@ class _Keeper(keras.callbacks.Callback):
             except (OSError, ValueError, KeyError) as error:
                 say("resume", f"{folder} is damaged ({error}); trying the one before")
                 continue
+            for variable, value in zip(self._seeds(), state.pop("seeds"), strict=True):
+                variable.assign(value)
             for key, value in state.items():
                 setattr(self, key, value)
             say("resume", f"{self.epoch} of {self.config.epochs} epochs are done, best so far {self.best_epoch + 1}")
@@ -128,6 +130,10 @@ class _Keeper(keras.callbacks.Callback):
         folder = self.config.folder / f"checkpoint-{self.epoch}"
         if self.epoch and self.best_epoch != self.epoch - 1:
             self.model.load_weights(folder / "best.weights.h5")
+
+    def _seeds(self) -> list[keras.Variable]:
+        """Where the model's random layers (dropout) are in their sequence: Keras does not save it with the weights."""
+        return [variable for variable in self.model.variables if variable.path.endswith("seed_generator_state")]
 
     def on_epoch_begin(self, epoch, logs=None):
         self._since = time.perf_counter()
@@ -184,7 +190,9 @@ class _Keeper(keras.callbacks.Callback):
             self.model.save_weights(draft / "last.weights.h5")
             best = draft / "last.weights.h5" if better else max(older, key=_number) / "best.weights.h5"
             shutil.copy(best, draft / "best.weights.h5")
-            (draft / "state.json").write_text(json.dumps({name: getattr(self, name) for name in names}))
+            state = {name: getattr(self, name) for name in names}
+            state["seeds"] = [keras.ops.convert_to_numpy(variable).tolist() for variable in self._seeds()]
+            (draft / "state.json").write_text(json.dumps(state))
             draft.rename(folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
