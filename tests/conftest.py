@@ -20,6 +20,15 @@ def pytest_configure(config):
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+@pytest.fixture(autouse=True)
+def _float32():
+    """A test that sets a precision leaves it to no other."""
+    import keras
+
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
 @pytest.fixture
 def cornucopia(tmp_path):
     """Run the command as a user does, in its own process, in a folder of its own."""

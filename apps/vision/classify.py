@@ -127,29 +127,25 @@ def _sized(config, pixels, labels, splits, names, channels) -> images.Pictures:
 
 
 def _split(splits, labels, names, *, seed: int) -> dict[str, np.ndarray]:
-    """Rows of each split; where the data names no validation or test part, a stratified tenth or twelfth."""
-    from sklearn.model_selection import train_test_split
-
-    everything = np.arange(len(labels))
-    own = {split: everything[splits == split] for split in ("train", "validation", "test")}
-    own["train"] = everything[(splits == "train") | (splits == "")]
-
-    def hold_out(rows, share):
-        few = [
-            names[index] for index, count in enumerate(np.bincount(labels[rows], minlength=len(names))) if count == 1
-        ]
-        if few:
-            raise ValueError(f"class {few[0]} has too few pictures; each part needs one: add some, or remove the class")
-        count = max(len(names), round(share * len(rows)))
-        if len(rows) - count < len(names):
-            raise ValueError(f"{len(rows)} pictures in {len(names)} classes are too few to split: have three a class")
-        return train_test_split(rows, test_size=count, stratify=labels[rows], random_state=seed)
-
-    if not len(own["test"]):
-        own["train"], own["test"] = hold_out(own["train"], 0.1)
-    if not len(own["validation"]):
-        own["train"], own["validation"] = hold_out(own["train"], 1 / 12)
-    return {split: np.sort(rows) for split, rows in own.items()}
+    """Rows of each split; a test or validation part that the data does not name is drawn, from every class alike."""
+    random = np.random.default_rng(seed)
+    own = {split: np.flatnonzero(splits == split) for split in ("train", "validation", "test")}
+    own["train"] = np.flatnonzero((splits == "train") | (splits == ""))
+    for part, share in (("test", 1 / 10), ("validation", 1 / 12)):
+        if len(own[part]):
+            continue
+        drawn = []
+        for index, name in enumerate(names):
+            rows = own["train"][labels[own["train"]] == index]
+            if len(rows) < 2:
+                raise ValueError(
+                    f"class {name} has too few pictures to split: it needs one each to learn from, to validate and to "
+                    f"test; add some, or remove the class"
+                )
+            drawn.append(random.choice(rows, max(1, round(share * len(rows))), replace=False))
+        own[part] = np.sort(np.concatenate(drawn))
+        own["train"] = np.setdiff1d(own["train"], own[part])
+    return own
 
 
 class StepSeed(keras.random.SeedGenerator):
@@ -172,20 +168,22 @@ def _flips(config: Config) -> bool:
 
 def _augmentation(config: Config, *, size: int):
     """A function (pictures [batch, height, width, channel] in 0 to 255, targets, step) -> the same, changed."""
+    # In float32 whatever the network computes in; in whole pixels, for interpolation would blur what the network
+    # learns from, but not what it is asked about.
+    kept = {"dtype": "float32"}
+    whole = {"fill_mode": "nearest", "interpolation": "nearest", **kept}
     layers = []
     if _flips(config):
-        layers.append(keras.layers.RandomFlip("horizontal"))
+        layers.append(keras.layers.RandomFlip("horizontal", **kept))
     if config.shift:
-        # Whole pixels: interpolation would blur what the network learns from, but not what it is asked about.
-        layers.append(
-            keras.layers.RandomTranslation(config.shift, config.shift, fill_mode="nearest", interpolation="nearest")
-        )
+        layers.append(keras.layers.RandomTranslation(config.shift, config.shift, **whole))
     if config.augment == "rand_augment":
-        layers.append(keras.layers.RandAugment(value_range=(0, 255)))
+        layers.append(keras.layers.RandAugment(value_range=(0, 255), **kept))
     if config.erase:
-        layers.append(keras.layers.RandomErasing((config.erase, config.erase), scale=(0.02, 0.2), value_range=(0, 255)))
+        share = (config.erase, config.erase)
+        layers.append(keras.layers.RandomErasing(share, scale=(0.02, 0.2), value_range=(0, 255), **kept))
     if config.mix != "none":
-        layers.append({"mixup": keras.layers.MixUp, "cutmix": keras.layers.CutMix}[config.mix]())
+        layers.append({"mixup": keras.layers.MixUp, "cutmix": keras.layers.CutMix}[config.mix](**kept))
     seed = StepSeed(config.seed)
     for layer in layers:
         layer.generator = seed
@@ -256,14 +254,12 @@ def _backbone(config: Config, pictures):
     x = pictures
     if pictures.shape[-1] == 1:
         x = keras.layers.Concatenate()([x, x, x])
-    try:
+    if (Path(config.backbone) / "image_converter.json").exists():  # else it takes 0 to 255 at any size
         converter = keras_hub.layers.ImageConverter.from_preset(config.backbone)
-    except ValueError:
-        converter = None  # the preset holds a backbone only, which then takes 0 to 255
-    if converter is not None and converter.image_size:
-        x = keras.layers.Resizing(*converter.image_size)(x)
-    if converter is not None and converter.scale is not None:
-        x = keras.layers.Rescaling(converter.scale, converter.offset or 0.0)(x)
+        if converter.image_size:
+            x = keras.layers.Resizing(*converter.image_size)(x)
+        if converter.scale is not None:
+            x = keras.layers.Rescaling(converter.scale, converter.offset or 0.0)(x)
     features = backbone(x)
     if isinstance(features, dict):
         features = features["pooled_output"] if "pooled_output" in features else list(features.values())[-1]

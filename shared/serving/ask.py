@@ -50,7 +50,7 @@ def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.
 def describe(answer: Mapping[str, np.ndarray]) -> str:
     """An answer to one example, a line for each output; `top_labels` and `top_scores` become a list."""
     lines = []
-    for name, value in answer.items():
+    for name, value in sorted(answer.items(), key=lambda item: (item[0] != "label", item[0])):
         if name in ("top_labels", "top_scores"):
             continue
         lines.append(f"{name:<10} {_show(value)}")
