@@ -67,7 +67,8 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
         "baseline": {metric: dataclasses.asdict(value) for metric, value in baseline.items()},
         "cost": {**cost, "peak_bytes": training.peak_bytes()},
     }
-    candidate = export.write(endpoint, config, task_name, splits.request)
+    settled = dataclasses.replace(config, **splits.settled)
+    candidate = export.write(endpoint, settled, task_name, splits.request)
     report["served"] = serving.check(candidate, endpoint, task_name, splits.request)
     version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
@@ -80,7 +81,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
 
 
 def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
-    """Measure a saved version on other data, read and cut as its own training data were; return the metrics.
+    """Measure a saved version on other data: its test part where it names one, else all of it; return the metrics.
 
     Raises:
         FileNotFoundError: there is no such version.
@@ -97,14 +98,19 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no version {version or ''} below {base}; train one first")
     extra = versions[version] / "assets.extra"
     saved = json.loads((extra / "config.json").read_text())["config"]
-    changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False}
+    changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
+               "batch": 1}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))
     splits = task.load(config)
     names = json.loads((extra / "metrics.json").read_text())["names"]
     if list(splits.names) != names:
         raise ValueError(f"the data's classes {list(splits.names)} are not the model's {names}")
+    protocol = splits.about["protocol"]
+    if splits.drawn:
+        whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
+        splits, protocol = dataclasses.replace(splits, test=whole), "all of it"
     test = task.measure(config, keras.saving.load_model(extra / "model.keras"), splits)
-    say("test", f"version {version} on {splits.about['data']}: {splits.about['protocol']}")
+    say("test", f"version {version} on {splits.about['data']}: {protocol}")
     for metric, value in test.items():
         say("", f"{metric:<18} {value}")
     return {metric: dataclasses.asdict(value) for metric, value in test.items()}

@@ -51,9 +51,7 @@ def load(config: Config) -> data.Splits:
     audit(parts, names, unreadable=pictures.unreadable)
     size, channels = pictures.pixels.shape[2:]
     changed = _augmentation(config, size=size)
-    passes = max(
-        1, 40 * config.batch // len(rows["train"])
-    )  # an epoch of a small set takes some, or it is over too soon
+    passes = max(1, 40 * config.batch // len(rows["train"]))  # of a small set in an epoch, or that is over too soon
     pixels = data.gather(parts["train"][0])
     targets = tf.one_hot(parts["train"][1], len(names))
 
@@ -77,6 +75,12 @@ def load(config: Config) -> data.Splits:
         names=names,
         request={"image": np.array([tf.io.encode_png(one).numpy() for one in parts["test"][0][:8]], object)},
         about={**about, "protocol": f"{about['protocol']}, {len(rows['test']):,} pictures"},
+        settled={
+            "size": size,
+            "colour": {1: "grey", 3: "rgb"}[channels],
+            "flip": "yes" if _flips(config) else "no",
+        },
+        drawn="test" not in pictures.splits,
     )
 
 
@@ -95,7 +99,7 @@ def _read(config: Config) -> tuple[images.Pictures, dict[str, str]]:
                  "licence": "CC BY 4.0", "citation": "Alpaydin & Kaynak 1998", "limits": limits}  # fmt: skip
         names = tuple(str(name) for name in digits.target_names)
         return _sized(config, pixels, digits.target, splits, names, channels), about
-    if config.data in named.DATASETS:
+    if config.data == "fashion-mnist":
         files, dataset = named.find(config.data), named.DATASETS[config.data]
         pixels = np.concatenate([idx.read(files[f"{part}-images-idx3-ubyte.gz"]) for part in ("train", "t10k")])
         labels = np.concatenate([idx.read(files[f"{part}-labels-idx1-ubyte.gz"]) for part in ("train", "t10k")])
@@ -104,6 +108,11 @@ def _read(config: Config) -> tuple[images.Pictures, dict[str, str]]:
                  "licence": dataset.licence, "citation": dataset.citation, "checksums": str(dataset.files),
                  **{f"published {metric}": text for metric, text in dataset.published.items()}}  # fmt: skip
         return _sized(config, pixels[..., None], labels, splits, FASHION, channels), about
+    if not Path(config.data).exists():
+        raise FileNotFoundError(
+            f"{config.data} does not exist; expected a folder or an archive of pictures, a table of them, or the name "
+            f"of a public data set (fashion-mnist)"
+        )
     pictures = images.read(Path(config.data), size=config.size, channels=channels, on_error=config.on_error)
     own = "test" in pictures.splits
     about = {"data": config.data, "protocol": "its test split" if own else "every tenth as the seed draws them, "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +26,10 @@ class Splits:
     names: tuple[str, ...]  # what the indices that a model puts out mean
     request: Mapping[str, np.ndarray]  # raw test input, as a client would send it
     about: Mapping[str, str]  # for the model card: data, protocol, licence, citation, checksum, published
+    settled: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # config fields that `load` chose from the data
+    drawn: bool = False  # the data names no test part, so the seed drew one
 
 
 def stream(
