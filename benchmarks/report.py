@@ -38,10 +38,10 @@ def main() -> None:
     reports = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     readme = ROOT / "README.md"
     text = readme.read_text()
-    marked = re.compile(r"(<!-- results: make report -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
+    marked = re.compile(r"(<!-- results: make report -->\n).*?(<!-- end of results -->)", re.DOTALL)
     if not marked.search(text):
         raise ValueError(f"{readme} has no place for the results: the two comments that mark it are gone")
-    readme.write_text(marked.sub(lambda found: found[1] + table(reports) + found[2], text))
+    readme.write_text(marked.sub(lambda found: found[1] + "\n" + table(reports) + "\n\n" + found[2], text))
 
 
 if __name__ == "__main__":
