@@ -73,7 +73,7 @@ def _movielens(path: Path) -> Iterator[tuple[int, str, str, str]]:
             fields = line.rstrip("\n").split("::" if "::" in line else "\t")
             if len(fields) != 4:
                 raise ValueError(f"{path}, line {number}: expected user, item, rating and timestamp with tabs or :: "
-                                 f"between, found {line.strip()[:60]!r}; a table with a header ends in .csv")  # fmt: skip
+                                 f"between, found {line.strip()[:60]!r}; tables with a header end in .csv")  # fmt: skip
             yield number, fields[0].strip(), fields[1].strip(), fields[3]
 
 
