@@ -19,7 +19,7 @@ import tensorflow_recommenders as tfrs
 
 from shared import data, metrics, run, training
 from shared.data import named, ratings
-from shared.metrics.retrieval import retrieval
+from shared.metrics.retrieval import ndcg, ranks, retrieval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,15 +365,17 @@ def _solve(config: Config, model: keras.Model, splits: data.Splits) -> None:
     count = len(splits.names)
     moment, cross = np.zeros([count, count], np.float32), np.zeros([count, count], np.float32)
     age = np.subtract.outer(np.arange(config.length), np.arange(config.length))
-    weights = np.where(age >= 0, np.exp(-np.maximum(age, 0) / config.fade) + config.stay, 0)
+    weights = np.where(age >= 0, np.exp(-np.maximum(age, 0) / config.fade) + config.stay, 0).astype(np.float32)
     for x, targets in splits.train:
         for history, before, following in zip(x["history"].numpy(), x["before"].numpy(), targets.numpy(), strict=True):
             following = following[following[:, 0] >= 0, 0]
             window, earlier = history[: len(following)] - 1, np.flatnonzero(before)
             items = np.concatenate([earlier, window])
-            states = np.full([len(window), len(items)], config.stay)
+            states = np.full([len(window), len(items)], config.stay, np.float32)
             states[:, len(earlier) :] = weights[: len(window), : len(window)]
-            share = len(window) ** -0.5  # a long history says more than a short one, but not as many times more
+            share = np.float32(
+                len(window) ** -0.5
+            )  # a long history says more than a short one, but not as many times more
             moment[np.ix_(items, items)] += share * states.T @ states
             cross[np.ix_(items, following)] += share * states.T
     matrix = np.linalg.solve(moment + config.penalty * np.eye(count, dtype=np.float32), cross)
@@ -385,7 +387,7 @@ def _solve(config: Config, model: keras.Model, splits: data.Splits) -> None:
     found = {}
     for share in (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
         both = np.where(had, -np.inf, (1 - share) * neural + share * unit * linear)
-        found[share] = retrieval(both, targets, had.mean(0), top=TOP)[f"ndcg@{TOP}"].value
+        found[share] = ndcg(ranks(both, targets), top=TOP).mean()
     best = max(found, key=found.get)
     layer.set_weights([matrix * unit * best / (1 - best)])
     run.say("linear", f"share {best}; ndcg@{TOP} on validation by share: "
@@ -429,8 +431,8 @@ def _questions(batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
 def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
     """The better on validation of popularity and EASE (Steck 2019), whose penalty is chosen there too."""
     had, targets = _questions(splits.validation)
-    found = {penalty: retrieval(_ease(had, penalty), targets, had.mean(0), top=TOP) for penalty in (0, 100, 300, 1000)}
-    best = max(found, key=lambda penalty: found[penalty][f"ndcg@{TOP}"].value)
+    found = {penalty: ndcg(ranks(_ease(had, penalty), targets), top=TOP).mean() for penalty in (0, 100, 300, 1000)}
+    best = max(found, key=found.get)
     had, targets = _questions(splits.test)
     result = {}
     for penalty in (0, best or 300):

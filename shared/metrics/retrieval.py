@@ -34,12 +34,17 @@ def retrieval(scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, *
     covered = len(np.unique(shown)) / scores.shape[1]
     bias = measured(lambda seen, took: seen.mean() / took.mean(), popularity[shown].mean(-1), popularity[targets])
     return {
-        f"ndcg@{top}": measured(np.mean, np.where(place <= top, 1 / np.log2(place + 1), 0)),
+        f"ndcg@{top}": measured(np.mean, ndcg(place, top=top)),
         f"hr@{top}": measured(np.mean, (place <= top).astype(float)),
         "mrr": measured(np.mean, 1 / place),
         f"coverage@{top}": Measured(covered, covered, covered),
         f"popularity_bias@{top}": bias,
     }
+
+
+def ndcg(place: np.ndarray, *, top: int = 10) -> np.ndarray:
+    """Of a list whose one right item stands at a place, from 1, [user]."""
+    return np.where(place <= top, 1 / np.log2(place + 1), 0)
 
 
 def ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
