@@ -117,7 +117,9 @@ def load(config: Config) -> data.Splits:
 
 def _read(config: Config) -> tuple[ratings.Ratings, dict[str, str], dict[str, str]]:
     limits = "It learns what is rated after what in one service; where the order is arbitrary, it learns that. Items "
-    limits += "that nobody took have a vector but no evidence. Users keep the history of the training data."
+    limits += (
+        "that nobody took have a vector but no evidence. A served user's history is all of the data, test included."
+    )
     if not config.data:
         path = config.folder / "u.data"
         path.write_text(made_up(config.seed))
