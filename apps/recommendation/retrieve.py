@@ -146,7 +146,7 @@ def _read(config: Config) -> tuple[ratings.Ratings, dict[str, str], dict[str, st
             f"{count.min():,} to {count.max():,}, half have {int(np.median(count)):,} or more")  # fmt: skip
     run.say("", f"at the same time as the one before: {tied.mean():.1%}; repeated and left out: {taken.repeated:,}; "
             f"users with fewer than three items, who are not tested: {(count < 3).sum():,}")  # fmt: skip
-    return taken, ratings.titles(path.parent), about
+    return taken, ratings.titles(path if path.is_dir() else path.parent), about
 
 
 def made_up(seed: int) -> str:
