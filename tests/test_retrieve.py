@@ -162,7 +162,7 @@ def test_loss_leaves_out_what_the_user_had(config):
     model = retrieve.build(config, splits)
     x, targets = next(iter(splits.train))
     queries = tf.random.stateless_normal([*x["history"].shape, config.width], [1, 1])
-    found = model.compute_loss(x=x, y=targets, y_pred=[queries])
+    found = model.compute_loss(x=x, y=targets, y_pred={"queries": queries})
     vectors, expected = retrieve._vectors(model).numpy(), []
     for row, place in np.argwhere(targets.numpy()[:, :, 0] >= 0):
         logits = vectors @ queries.numpy()[row, place]
@@ -179,7 +179,7 @@ def test_sampled_loss_is_corrected_for_frequency_and_accidental_hits(config):
     model = retrieve.build(config, splits)
     x, targets = next(iter(splits.train))
     queries = tf.random.stateless_normal([*x["history"].shape, config.width], [1, 1])
-    found = model.compute_loss(x=x, y=targets, y_pred=[queries])
+    found = model.compute_loss(x=x, y=targets, y_pred={"queries": queries})
 
     counts = np.ones(9)
     for _, following in splits.train:

@@ -257,12 +257,13 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     for _ in range(config.layers):
         x = _block(config, x, keras.ops.not_equal(history, 0)[:, None, :])
     queries = keras.layers.LayerNormalization(epsilon=1e-6, name="queries")(x)
-    outputs = [queries]
+    outputs = {"queries": queries}
     if len(splits.names) <= config.linear:
         state = _state(config, history, before)
-        outputs.append(keras.layers.Dense(
-            len(splits.names), use_bias=False, trainable=False, kernel_initializer="zeros", name="linear",
-        )(state))  # fmt: skip
+        linear = keras.layers.Dense(
+            len(splits.names), use_bias=False, trainable=False, kernel_initializer="zeros", name="linear"
+        )
+        outputs["linear"] = linear(state)
     model = keras.Model({"history": history, "before": before}, outputs, name="towers")
     model.compile(
         keras.optimizers.Adam(training.cosine(config, splits, rate=config.rate), beta_2=0.98),
@@ -301,7 +302,7 @@ def _full(config: Config, model: keras.Model):
     def loss(x=None, y=None, y_pred=None, sample_weight=None, training=True):
         targets, before = y, tf.cast(x["before"], tf.float32)[:, None, :]
         had = tf.cumsum(tf.one_hot(x["history"] - 1, before.shape[-1]), axis=1) + before
-        logits = tf.matmul(y_pred[0], _vectors(model), transpose_b=True)  # [batch, length, item]
+        logits = tf.matmul(y_pred["queries"], _vectors(model), transpose_b=True)  # [batch, length, item]
         whole = tf.reduce_logsumexp(tf.where(had > 0, -1e9, logits), -1)
         weight = tf.cast(targets >= 0, tf.float32) * config.fading ** np.arange(config.ahead, dtype=np.float32)
         surprise = whole[:, :, None] - tf.gather(logits, tf.maximum(targets, 0), batch_dims=2)
@@ -333,7 +334,7 @@ def _sampled(config: Config, model: keras.Model, splits: data.Splits):
 
     def loss(x=None, y=None, y_pred=None, sample_weight=None, training=True):
         targets = y[:, :, :1]
-        each = compare(tf.reshape(y_pred[0], [-1, config.width]), tf.reshape(targets, [-1]))
+        each = compare(tf.reshape(y_pred["queries"], [-1, config.width]), tf.reshape(targets, [-1]))
         return _mean(tf.reshape(each, tf.shape(targets)[:2]), targets)
 
     return loss
@@ -406,8 +407,9 @@ def _parts(model: keras.Model, batches: tf.data.Dataset) -> list[np.ndarray]:
 
     @tf.function
     def answer(x):
-        queries, *linear = model(x, training=False)
-        return [tf.matmul(_last(queries, x["history"]), _vectors(model), transpose_b=True), *linear]
+        found = model(x, training=False)
+        scores = tf.matmul(_last(found["queries"], x["history"]), _vectors(model), transpose_b=True)
+        return [scores, found["linear"]] if "linear" in found else [scores]
 
     return [np.concatenate(part) for part in zip(*[answer(x) for x, _ in batches], strict=True)]
 
@@ -464,10 +466,9 @@ class Endpoint(tf.Module):
     def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
         super().__init__()
         self.queries = splits.preprocess
-        outputs = [model.get_layer("queries").output]
-        vectors = [_vectors(model)]
+        outputs, vectors = {"queries": model.get_layer("queries").output}, [_vectors(model)]
         if len(model.outputs) > 1:  # the linear part is a dot product too
-            outputs.append(model.get_layer("state").output)
+            outputs["state"] = model.get_layer("state").output
             vectors.append(tf.transpose(model.get_layer("linear").kernel))
         self.towers = keras.Model(model.input, outputs)
         self.names, self.titles = tf.constant(splits.names), tf.constant(self.queries.titles)
@@ -485,14 +486,16 @@ class Endpoint(tf.Module):
     def __call__(self, user, history):
         latest, had, unknown = self.queries(user, history)
         known = tf.reduce_any(had, -1)
-        queries, *state = self.towers({"history": latest, "before": had}, training=False)
-        query = tf.concat([_last(queries, latest), *state], -1)
+        found = self.towers({"history": latest, "before": had}, training=False)
+        query = _last(found["queries"], latest)
+        if "state" in found:
+            query = tf.concat([query, found["state"]], -1)
         query = tf.concat([tf.where(known[:, None], query, 0), tf.cast(~known, tf.float32)[:, None]], -1)
         most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(had, tf.int32), -1)), 0)  # of an empty batch, too
-        scores, found = self.index(query, k=tf.minimum(TOP + most, len(self.names)))
-        scores = tf.where(tf.gather(had, found, batch_dims=1), -np.inf, scores)
+        scores, nearest = self.index(query, k=tf.minimum(TOP + most, len(self.names)))
+        scores = tf.where(tf.gather(had, nearest, batch_dims=1), -np.inf, scores)
         best = tf.math.top_k(scores, k=min(TOP, len(self.names)))
-        items = tf.gather(found, best.indices, batch_dims=1)
+        items = tf.gather(nearest, best.indices, batch_dims=1)
         return {
             "basis": tf.where(known, "history", "popularity"),
             "unknown": unknown,
