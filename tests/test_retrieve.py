@@ -124,7 +124,7 @@ def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
     (tmp_path / "mine" / "u.data").write_text(retrieve.made_up(3))
     (tmp_path / "mine" / "u.item").write_text("1|The First (1995)|\n")
     done = cornucopia("train", "recommendation.retrieve", "--data=mine", *SMALL)
-    assert re.search(r"audit +[\d,]+ interactions of 300 users with 200 items", done.stdout)
+    assert re.search(r"audit +[\d,]+ interactions of 200 users with \d+ items", done.stdout)
     assert "baseline   popularity: ndcg@10" in done.stdout
     assert "baseline   EASE, penalty" in done.stdout
     version = tmp_path / "saved_models" / "recommendation.retrieve" / "1"

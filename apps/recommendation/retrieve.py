@@ -58,7 +58,7 @@ def load(config: Config) -> data.Splits:
 
     # A user has as many windows in an epoch as its history needs, each time at other places.
     windows = np.repeat(np.arange(len(count)), np.where(learnt >= 2, -(-(learnt - 1) // config.length), 0))
-    passes = max(1, 10 * config.batch // max(len(windows), 1))  # an epoch of a small set takes some
+    passes = max(1, 5 * config.batch // max(len(windows), 1))  # an epoch of a small set takes some
     users_of, learnt_of = data.gather(windows), data.gather(learnt)
 
     def read(indices, step):
@@ -155,7 +155,7 @@ def made_up(seed: int) -> str:
     series, parts = 40, 5
     liked_by_all = 1 / np.arange(1, series + 1)
     lines = []
-    for user in range(1, 301):
+    for user in range(1, 201):
         taste = liked_by_all * random.gamma(0.5, size=series)
         seen, time = np.zeros(series, int), 880_000_000 + int(random.integers(10**6))
         for _ in range(random.integers(8, 40)):
