@@ -39,6 +39,8 @@ def ask(model: str, values: Mapping[str, str], *, address: str) -> None:
 def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """One example, with a batch of one in front, from the text of a flag."""
     if dtype == np.dtype(object):
+        if len(shape) > 1:  # a list, with commas between
+            return np.array([[part.strip().encode() for part in text.split(",")]], object)
         return np.array([Path(text).read_bytes() if name in FILES else text.encode()], object)
     try:
         value = np.array([float(number) for number in text.replace(",", " ").split()]).astype(dtype)
