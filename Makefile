@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
 DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
-SUITE := vision.classify  # every domain's first task
+SUITE := vision.classify recommendation.retrieve  # every domain's first task
 
 .PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
 
