@@ -19,8 +19,6 @@ import tensorflow as tf
 
 from shared.run import Config
 
-WARM_UP = 4  # requests that a server runs before a version takes traffic, of one and of several examples
-
 
 def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[str, np.ndarray]) -> Path:
     """Save an endpoint as a candidate: SavedModel, warm-up requests, config; return its folder.
@@ -82,7 +80,7 @@ def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]
 
     count = len(next(iter(request.values())))
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for rows in [1, count][:WARM_UP]:
+        for rows in (1, count):
             message = client.request(task_name, {name: value[:rows] for name, value in request.items()})
             log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=message))
             writer.write(log.SerializeToString())

@@ -121,12 +121,8 @@ def say(label: str, text: str) -> None:
     print(f"{label:<10} {text}", flush=True)
 
 
-def started() -> float:
-    """When this process began, in seconds since the epoch: a user waits from then on."""
+def seconds_since_start() -> float:
+    """How long ago this process began: a user waits from then on."""
     import psutil
 
-    return psutil.Process().create_time()
-
-
-def seconds_since_start() -> float:
-    return time.time() - started()
+    return time.time() - psutil.Process().create_time()

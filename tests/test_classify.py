@@ -163,7 +163,7 @@ def test_augmentation_is_a_function_of_the_step(changes, precision):
     config = classify.Config(flip="yes", **changes)
     pictures = tf.constant(np.random.default_rng(1).integers(0, 255, (16, 12, 12, 3)), tf.float32)
     targets = tf.one_hot(tf.range(16) % 4, 4)
-    changed = classify._augmentation(config, size=12)
+    changed = classify._augmentation(config)
     stream = data.stream(16, batch=16, seed=1, read=lambda indices, step: changed(pictures, targets, step))
     first, again, other = (next(iter(stream(step))) for step in (5, 5, 6))
     np.testing.assert_array_equal(first[0], again[0])

@@ -85,9 +85,8 @@ def load(config: Config) -> data.Splits:
         return batches.map(examples).map(only_last)
 
     def all_windows():
-        users = np.repeat(np.arange(len(count)), np.where(learnt >= 2, -(-(learnt - 1) // config.length), 0))
-        number = np.arange(len(users)) - np.searchsorted(users, users)
-        return data.in_order(users, number * config.length, learnt[users], batch=config.batch).map(examples)
+        number = np.arange(len(windows)) - np.searchsorted(windows, windows)
+        return data.in_order(windows, number * config.length, learnt[windows], batch=config.batch).map(examples)
 
     shown = held[:8]
     latest = [taken.items[taken.starts[user] : taken.starts[user + 1] - 1][-config.length :] for user in shown]
@@ -126,10 +125,7 @@ def _read(config: Config) -> tuple[ratings.Ratings, dict[str, str], dict[str, st
         about = {"data": "made-up ratings", "limits": limits, "licence": "Apache-2.0",
                  "source": "made by this task from the seed: series watched part by part"}  # fmt: skip
     elif config.data == "ml-100k":
-        dataset, path = named.DATASETS[config.data], named.find(config.data)["u.data"]
-        about = {"data": config.data, "limits": limits, "source": dataset.source, "licence": dataset.licence,
-                 "citation": dataset.citation, "checksums": str(dataset.files),
-                 **{f"published {metric}": text for metric, text in dataset.published.items()}}  # fmt: skip
+        path, about = named.find(config.data)["u.data"], {**named.about(config.data), "limits": limits}
     elif config.data in named.DATASETS:
         raise ValueError(f"{config.data} holds no ratings; expected ml-100k, or a path to ratings")
     else:

@@ -50,7 +50,7 @@ def load(config: Config) -> data.Splits:
     parts = {split: (pictures.pixels[at], labels[at]) for split, at in rows.items()}
     audit(parts, names, unreadable=pictures.unreadable)
     size, channels = pictures.pixels.shape[2:]
-    changed = _augmentation(config, size=size)
+    changed = _augmentation(config)
     passes = max(1, 40 * config.batch // len(rows["train"]))  # of a small set in an epoch, or that is over too soon
     pixels = data.gather(parts["train"][0])
     targets = tf.one_hot(parts["train"][1], len(names))
@@ -100,13 +100,11 @@ def _read(config: Config) -> tuple[images.Pictures, dict[str, str]]:
         names = tuple(str(name) for name in digits.target_names)
         return _sized(config, pixels, digits.target, splits, names, channels), about
     if config.data == "fashion-mnist":
-        files, dataset = named.find(config.data), named.DATASETS[config.data]
+        files = named.find(config.data)
         pixels = np.concatenate([idx.read(files[f"{part}-images-idx3-ubyte.gz"]) for part in ("train", "t10k")])
         labels = np.concatenate([idx.read(files[f"{part}-labels-idx1-ubyte.gz"]) for part in ("train", "t10k")])
         splits = np.array(["train"] * 60_000 + ["test"] * 10_000)
-        about = {"data": config.data, "protocol": "official test split", "limits": limits, "source": dataset.source,
-                 "licence": dataset.licence, "citation": dataset.citation, "checksums": str(dataset.files),
-                 **{f"published {metric}": text for metric, text in dataset.published.items()}}  # fmt: skip
+        about = {**named.about(config.data), "protocol": "official test split", "limits": limits}
         return _sized(config, pixels[..., None], labels, splits, FASHION, channels), about
     if not Path(config.data).exists():
         raise FileNotFoundError(
@@ -175,7 +173,7 @@ def _flips(config: Config) -> bool:
     return config.flip == "yes" or (config.flip == "auto" and config.data != "")
 
 
-def _augmentation(config: Config, *, size: int):
+def _augmentation(config: Config):
     """A function (pictures [batch, height, width, channel] in 0 to 255, targets, step) -> the same, changed."""
     # In float32 whatever the network computes in; in whole pixels, for interpolation would blur what the network
     # learns from, but not what it is asked about.

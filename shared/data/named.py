@@ -65,6 +65,19 @@ def find(name: str) -> dict[str, Path]:
     return {file: _find_file(name, file) for file in DATASETS[name].files}
 
 
+def about(name: str) -> dict[str, str]:
+    """What a model card says of a named data set."""
+    dataset = DATASETS[name]
+    return {
+        "data": name,
+        "source": dataset.source,
+        "licence": dataset.licence,
+        "citation": dataset.citation,
+        "checksums": str(dataset.files),
+        **{f"published {metric}": text for metric, text in dataset.published.items()},
+    }
+
+
 def _find_file(name: str, file: str) -> Path:
     dataset = DATASETS[name]
     given = os.environ.get("CORNUCOPIA_DATA")

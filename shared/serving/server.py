@@ -268,8 +268,9 @@ def serve(folder: Path, *, host: str, port: int) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with Server(newest(folder), host=host, port=port) as server:
-        for name, path in newest(folder).items():
+    models = newest(folder)
+    with Server(models, host=host, port=port) as server:
+        for name, path in models.items():
             print(f"serving {name} version {path.name}")
         print(f"gRPC on {server.address}; Ctrl-C ends", flush=True)
         stop.wait()
