@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
 DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
-SUITE := vision.classify recommendation.retrieve  # every domain's first task
+SUITE := vision.classify speech.spot recommendation.retrieve rl.ppo  # every domain's first task
 
 .PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
 
@@ -31,7 +31,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[vision,nlp,recommendation,dev]'
+		--editable '.[vision,nlp,recommendation,rl,dev]'
 	@touch $@
 
 suite: $(READY)

@@ -176,7 +176,7 @@ def _serve(words: list[str]) -> None:
 
 
 def _ask(words: list[str]) -> None:
-    """`cornucopia ask TASK --address=HOST:PORT --INPUT=VALUE …`; the inputs are those of the served signature."""
+    """`cornucopia ask TASK --address=HOST:PORT --signature=NAME --INPUT=VALUE …`; inputs as that signature has them."""
     task, words = (words[0], words[1:]) if words and not words[0].startswith("-") else _named(words, "ask")
     values: dict[str, Any] = {}
     for word in words:
@@ -185,7 +185,8 @@ def _ask(words: list[str]) -> None:
             _refuse(f"cornucopia ask takes --INPUT=VALUE and --address=HOST:PORT; {word} is neither")
         values[name.removeprefix("--").replace("-", "_")] = value
     address = values.pop("address", "127.0.0.1:8500")
+    signature = values.pop("signature", "serving_default")
     _load_tensorflow()
     from shared.serving import ask
 
-    ask.ask(task, values, address=address)
+    ask.ask(task, values, address=address, signature=signature)

@@ -31,7 +31,9 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
     candidate = Path(tempfile.mkdtemp(prefix=".candidate-", dir=base))
     candidate.chmod(0o755)  # a server may run as another user
     try:
-        tf.saved_model.save(endpoint, str(candidate), signatures=endpoint.__call__)
+        # An endpoint that answers more than one kind of request names them all: signature -> function.
+        signatures = getattr(endpoint, "signatures", endpoint.__call__)
+        tf.saved_model.save(endpoint, str(candidate), signatures=signatures)
         extra = candidate / "assets.extra"
         extra.mkdir()
         _write_warm_up(extra / "tf_serving_warmup_requests", task_name, request)

@@ -1,12 +1,15 @@
 """What every task lets you change, and the order in which every task runs.
 
-A task is a module below `apps` with the names in `CONTRACT`; `run` is the one place where their order stands.
+A task is a module below `apps` with the names in `CONTRACT`; `run` is the one place where their order stands. A task
+may also have `folds(config) -> Folds | None`: where there are any, what they have in common is the result.
 TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are answered at once.
 """
 
 import dataclasses
 import json
+import statistics
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -44,33 +47,28 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     from shared import export, serving, training
 
     config = training.begin(task_name, config)  # run folder, seed, precision
-    splits = task.load(config)
-    with training.strategy(config.strategy).scope():
-        model = task.build(config, splits)
-    cost = task.train(config, model, splits)
-    test = task.measure(config, model, splits)
-    baseline = task.baseline(config, splits)
-    say("test", splits.about["protocol"])
-    for metric, value in test.items():
-        beside = f"baseline {baseline[metric]}" if metric in baseline else ""
-        say("", f"{metric:<16} {value!s:<24} {beside}")
-
+    learned = _learn(task, config)
+    folds = task.folds(config) if hasattr(task, "folds") else None
+    if folds:
+        learned = cross_validate(task, config, folds, learned)
+    model, splits, about = learned.model, learned.splits, learned.about
     endpoint = task.Endpoint(config, model, splits)
     report = {
         "task": task_name,
-        "data": splits.about["data"],
-        "protocol": splits.about["protocol"],
-        "published": {key.removeprefix("published "): text for key, text in splits.about.items() if "published" in key},
-        "headline": next(iter(test)),
+        "data": about["data"],
+        "protocol": about["protocol"],
+        "published": {key.removeprefix("published "): text for key, text in about.items() if "published" in key},
+        "headline": next(iter(learned.test)),
         "names": list(splits.names),
-        "test": {metric: dataclasses.asdict(value) for metric, value in test.items()},
-        "baseline": {metric: dataclasses.asdict(value) for metric, value in baseline.items()},
-        "cost": {**cost, "peak_bytes": training.peak_bytes()},
+        "test": {metric: dataclasses.asdict(value) for metric, value in learned.test.items()},
+        "baseline": {metric: dataclasses.asdict(value) for metric, value in learned.baseline.items()},
+        "folds": learned.folds,
+        "cost": {**learned.cost, "peak_bytes": training.peak_bytes()},
     }
     settled = dataclasses.replace(config, **splits.settled)
     candidate = export.write(endpoint, settled, task_name, splits.request)
     report["served"] = serving.check(candidate, endpoint, task_name, splits.request)
-    version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
+    version = export.publish(candidate, model=model, task=task, report=report, about=about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
     say("cost", training.describe(report["cost"]))
     say("served", f"{report['served']['answers']} answers over gRPC equal the model in memory, "
@@ -78,6 +76,98 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
                   f"{report['served']['milliseconds']:.1f} ms a request")  # fmt: skip
     say("saved", f"{version}")
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Folds:
+    """Runs of a task, each with a network of its own, of which the result is made."""
+
+    configs: Mapping[str, Config]  # by the fold's name
+    protocol: str  # what is made of them, and how they differ
+    statistic: Callable[[Any], float] = statistics.fmean  # of what the folds measured, [fold]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A trained model and what was measured of it; of several, the one that is served, and what they have in common."""
+
+    model: Any
+    splits: Any
+    about: Mapping[str, str]
+    cost: dict[str, float]
+    test: dict[str, Any]
+    baseline: dict[str, Any]
+    folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _learn(task: ModuleType, config: Config) -> Learned:
+    from shared import training
+
+    splits = task.load(config)
+    with training.strategy(config.strategy).scope():
+        model = task.build(config, splits)
+    cost = task.train(config, model, splits)
+    learned = Learned(
+        model, splits, splits.about, cost, task.measure(config, model, splits), task.baseline(config, splits)
+    )
+    _compare(learned)
+    return learned
+
+
+def _compare(learned: Learned) -> None:
+    say("test", learned.about["protocol"])
+    for metric, value in learned.test.items():
+        beside = f"baseline {learned.baseline[metric]}" if metric in learned.baseline else ""
+        say("", f"{metric:<16} {value!s:<24} {beside}")
+
+
+def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learned) -> Learned:
+    """Run a task's folds below the run's folder; one that is the run itself is not run again.
+
+    Returns:
+        The first run's model, with the statistic of what the folds measured, each with the interval in which it
+        would fall on other folds of the same kind, and with what they cost together.
+    """
+    import keras
+    import numpy as np
+
+    from shared import metrics
+
+    found = {}
+    for name, fold in folds.configs.items():
+        if fold == config:
+            found[name] = first
+            continue
+        say("fold", name)
+        fold = dataclasses.replace(fold, name=f"{config.name}/{name}")
+        fold.folder.mkdir(exist_ok=True)
+        keras.utils.set_random_seed(fold.seed)
+        found[name] = _learn(task, fold)
+
+    def over(part):
+        return {metric: metrics.measured(folds.statistic, np.array([getattr(one, part)[metric].value
+                                                                    for one in found.values()]))
+                for metric in getattr(first, part)}  # fmt: skip
+
+    runs = list(found.values()) if first in found.values() else [first, *found.values()]
+    seconds = sum(one.cost["train_seconds"] for one in runs)
+    learned = dataclasses.replace(
+        first,
+        about={**first.about, "protocol": folds.protocol},
+        cost={**first.cost, "train_seconds": seconds},
+        test=over("test"),
+        baseline=over("baseline"),
+        folds={
+            name: {
+                "test": {metric: value.value for metric, value in one.test.items()},
+                "baseline": {metric: value.value for metric, value in one.baseline.items()},
+                "cost": one.cost,
+            }
+            for name, one in found.items()
+        },
+    )
+    _compare(learned)
+    return learned
 
 
 def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Every test runs on a machine without GPUs, without the network, and writes only below its own folder."""
 
+import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +45,28 @@ def cornucopia(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """`cornucopia serve` on a free port in the test's folder, for as long as the block lasts; gives its address."""
+
+    @contextlib.contextmanager
+    def serve():
+        command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=0"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+            try:
+                seen = ""
+                while "gRPC on" not in seen:
+                    assert process.poll() is None, seen
+                    seen += process.stdout.readline()
+                yield re.search(r"gRPC on (\S+);", seen)[1]
+            finally:
+                process.send_signal(signal.SIGTERM)
+        assert process.returncode == 0
+
+    return serve
 
 
 @pytest.fixture

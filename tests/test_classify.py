@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,27 +18,13 @@ from shared import command, data
 SMALL = ("--size=8", "--width=8", "--batch=16", "--epochs=2")
 
 
-def serving(folder):
-    """Start `cornucopia serve` on a free port; return the process and its address."""
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("cornucopia"), "serve", "--port=0"], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    seen = ""
-    while "gRPC on" not in seen:
-        assert process.poll() is None, seen
-        seen += process.stdout.readline()
-    return process, re.search(r"gRPC on (\S+);", seen)[1]
-
-
-def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornucopia, python, tmp_path):
+def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornucopia, python, serving, tmp_path):
     folder = pictures(count=30, mode="RGB")
     done = cornucopia("train", "vision.classify", f"--data={folder}", *SMALL, "--epochs=6")
     assert "audit      train 75  validation 6  test 9  in 3 classes" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)  # light, dark and striped are easy to tell apart
 
-    process, address = serving(tmp_path)
-    try:
+    with serving() as address:
         random = np.random.default_rng(7)
         bright = np.clip(random.normal(200, 20, (40, 60, 3)), 0, 255).astype(np.uint8)
         for name, mode in {"a.png": "RGB", "b.png": "L", "c.png": "RGBA", "d.jpg": "RGB", "e.png": "P"}.items():
@@ -52,10 +37,6 @@ def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornuco
         assert "the server refuses (INVALID_ARGUMENT)" in refused.stderr
         refused = cornucopia("ask", "vision.classify", "--image=gone.png", f"--address={address}", expect=2)
         assert "gone.png" in refused.stderr
-    finally:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-    process.stdout.close()
 
     # The network goes on learning, on other classes, in a project that has none of the suite.
     extra = tmp_path / "saved_models" / "vision.classify" / "1" / "assets.extra"
@@ -174,19 +155,6 @@ def test_augmentation_is_a_function_of_the_step(changes, precision):
     np.testing.assert_allclose(tf.reduce_sum(first[1], -1), 1, atol=1e-6)
     mixed = (tf.reduce_max(first[1], -1) < 0.999).numpy().any()
     assert mixed == ("mix" in changes)
-
-
-def test_splits_keep_every_class_and_follow_the_seed():
-    labels = np.repeat([0, 1, 2], [50, 30, 4])
-    none = np.full(84, "")
-    rows = classify._split(none, labels, ("a", "b", "c"), seed=1)
-    assert sorted(np.concatenate(list(rows.values()))) == list(range(84))
-    for part in rows.values():
-        assert set(labels[part]) == {0, 1, 2}
-    again, other = (classify._split(none, labels, ("a", "b", "c"), seed=seed) for seed in (1, 2))
-    assert list(again["test"]) == list(rows["test"]) != list(other["test"])
-    with pytest.raises(ValueError, match=r"class b has too few pictures"):
-        classify._split(np.full(6, ""), np.array([0, 0, 0, 0, 0, 1]), ("a", "b"), seed=1)
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -47,7 +48,7 @@ def test_config(task):
 
 
 def test_expectations_name_data_that_can_be_found(task):
-    assert set(task.EXPECT) <= set(named.DATASETS) | {""}
+    assert set(task.EXPECT) <= set(named.DATASETS) | set(gymnasium.registry) | {""}
     assert task.EXPECT
 
 

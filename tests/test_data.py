@@ -17,6 +17,7 @@ import tensorflow as tf
 from shared import data
 from shared.data import archives, idx, images, named, tables
 from shared.data.audit import audit
+from shared.data.divide import divide
 
 READ = {"size": 0, "channels": 0, "on_error": "fail"}
 
@@ -57,6 +58,19 @@ def test_arrays_on_disk_read_like_arrays_in_memory(tmp_path):
     batches = list(data.in_order(mapped, np.arange(6), batch=4))
     assert [len(labels) for _, labels in batches] == [4, 2]
     assert (np.concatenate([rows for rows, _ in batches]) == array).all()
+
+
+def test_splits_keep_every_class_and_follow_the_seed():
+    labels = np.repeat([0, 1, 2], [50, 30, 4])
+    none = np.full(84, "")
+    rows = divide(none, labels, ("a", "b", "c"), seed=1, what="pictures")
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(84))
+    for part in rows.values():
+        assert set(labels[part]) == {0, 1, 2}
+    again, other = (divide(none, labels, ("a", "b", "c"), seed=seed, what="pictures") for seed in (1, 2))
+    assert list(again["test"]) == list(rows["test"]) != list(other["test"])
+    with pytest.raises(ValueError, match=r"class b has too few pictures"):
+        divide(np.full(6, ""), np.array([0, 0, 0, 0, 0, 1]), ("a", "b"), seed=1, what="pictures")
 
 
 # Formats.

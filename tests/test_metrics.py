@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics
 
 from shared import metrics
-from shared.metrics import classification
+from shared.metrics import classification, speech
 
 
 def test_interval_of_a_mean_is_the_binomial_one():
@@ -46,6 +46,12 @@ def test_calibration_error_by_hand():
     right, confidence = np.array([1.0, 0.0, 1.0, 1.0]), np.array([0.9, 0.9, 0.6, 0.6])
     assert classification.calibration_error(right, confidence) == pytest.approx(0.4)
     assert classification.calibration_error(np.ones(3), np.ones(3)) == pytest.approx(0)
+
+
+def test_alarms_by_hand():
+    found = speech.alarms(np.array([0.9, 0.5, 0.4, 0.8]), np.array([0.1, 0.6, 0.2, 0.3, 0.49]))
+    assert found["false_alarm_rate"].value == pytest.approx(1 / 5)
+    assert found["false_rejection_rate"].value == pytest.approx(1 / 4)
 
 
 def test_logits_are_refused():

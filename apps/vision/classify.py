@@ -14,8 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from shared import data, metrics, run, training
+from shared.answers import ranked
 from shared.data import idx, images, named
 from shared.data.audit import audit
+from shared.data.divide import divide
 from shared.metrics import classification
 
 
@@ -46,7 +48,7 @@ EXPECT = {"": {"accuracy": 0.97}, "fashion-mnist": {"accuracy": 0.937}}
 def load(config: Config) -> data.Splits:
     pictures, about = _read(config)
     names, labels = pictures.names, pictures.labels
-    rows = _split(pictures.splits, labels, names, seed=config.seed)
+    rows = divide(pictures.splits, labels, names, seed=config.seed, what="pictures")
     parts = {split: (pictures.pixels[at], labels[at]) for split, at in rows.items()}
     audit(parts, names, unreadable=pictures.unreadable)
     size, channels = pictures.pixels.shape[2:]
@@ -131,28 +133,6 @@ def _sized(config, pixels, labels, splits, names, channels) -> images.Pictures:
         )
     pixels = np.repeat(pixels, max(channels, 1), axis=-1)
     return images.Pictures(pixels, labels.astype(np.int64), splits, names, ())
-
-
-def _split(splits, labels, names, *, seed: int) -> dict[str, np.ndarray]:
-    """Rows of each split; a test or validation part that the data does not name is drawn, from every class alike."""
-    random = np.random.default_rng(seed)
-    own = {split: np.flatnonzero(splits == split) for split in ("train", "validation", "test")}
-    own["train"] = np.flatnonzero((splits == "train") | (splits == ""))
-    for part, share in (("test", 1 / 10), ("validation", 1 / 12)):
-        if len(own[part]):
-            continue
-        drawn = []
-        for index, name in enumerate(names):
-            rows = own["train"][labels[own["train"]] == index]
-            if len(rows) < 2:
-                raise ValueError(
-                    f"class {name} has too few pictures to split: it needs one each to learn from, to validate and to "
-                    f"test; add some, or remove the class"
-                )
-            drawn.append(random.choice(rows, max(1, round(share * len(rows))), replace=False))
-        own[part] = np.sort(np.concatenate(drawn))
-        own["train"] = np.setdiff1d(own["train"], own[part])
-    return own
 
 
 class StepSeed(keras.random.SeedGenerator):
@@ -345,11 +325,4 @@ class Endpoint(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image")])
     def __call__(self, image):
-        scores = _scores(self.config, self.model, self.preprocess(image))
-        top = tf.math.top_k(scores, k=min(5, self.names.shape[0]))
-        return {
-            "label": tf.gather(self.names, top.indices[:, 0]),
-            "score": top.values[:, 0],
-            "top_labels": tf.gather(self.names, top.indices),
-            "top_scores": top.values,
-        }
+        return ranked(self.names, _scores(self.config, self.model, self.preprocess(image)))

@@ -5,21 +5,17 @@ split 80 : 10 : 10 by the seed, with every class in each part.
 """
 
 import dataclasses
-import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from shared.data import archives, tables
+from shared.data import archives, folders, reading, tables
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")  # what tf.io.decode_image reads
 IN_MEMORY = 1 << 30  # bytes of decoded pictures that stay in memory; more go to a file that is mapped
-_SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
-           "valid": "validation", "test": "test"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,41 +70,23 @@ def read(path: Path, *, size: int, channels: int, on_error: str) -> Pictures:
     if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
         root, files = _listed(path)
     else:
-        root, files = path, _below(path)
+        root, files = path, folders.classes(path, kind="pictures", suffixes=SUFFIXES)
     names = sorted({label for label, _ in files.values()})
     if len(names) < 2:
         raise ValueError(f"{path} holds one class only ({names[0]}); a classifier needs two or more")
     wanted = [name for name in files if name.lower().endswith(SUFFIXES)]
-    bad = [f"{name}: no picture by its ending; expected {' '.join(SUFFIXES)}" for name in files if name not in wanted]
-
     size, channels = _measure(archives.contents(root, wanted), size=size, channels=channels)
     pixels = _room(len(wanted), size, channels)
+    rows = {name: row for row, name in enumerate(wanted)}
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
     def decoder(content):
         return resize(decode(content, channels=channels), size=size)
 
-    def put(row: int, name: str, content: bytes) -> str | None:
-        try:
-            pixels[row] = decoder(content).numpy()
-        except tf.errors.InvalidArgumentError as error:
-            return f"{name}: {_reason(content, error)}"
-        return None
+    def put(name: str, content: bytes) -> None:
+        pixels[rows[name]] = decoder(content).numpy()
 
-    rows = {name: row for row, name in enumerate(wanted)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in _chunks(archives.contents(root, wanted), 256):
-            results = pool.map(lambda item: (item[0], put(rows[item[0]], *item)), chunk)
-            for name, problem in results:
-                if problem:
-                    bad.append(problem)
-                    del rows[name]
-    if bad and on_error == "fail":
-        raise ValueError(
-            f"{len(bad)} of {len(files)} files below {path} cannot be read; mend or remove them, or leave them out "
-            f"with --on-error=skip:\n  " + "\n  ".join(bad[:20]) + ("\n  …" if len(bad) > 20 else "")
-        )
-    kept = [name for name in wanted if name in rows]
+    kept, bad = reading.take(root, files, put, what="picture", suffixes=SUFFIXES, on_error=on_error)
     empty = set(names) - {files[name][0] for name in kept}
     if empty:
         raise ValueError(f"class {', '.join(sorted(empty))} below {path} is empty: no readable picture is in it")
@@ -121,37 +99,6 @@ def read(path: Path, *, size: int, channels: int, on_error: str) -> Pictures:
     )
 
 
-def _below(path: Path) -> dict[str, tuple[str, str]]:
-    """File name -> (class, split), from the folders that a file is in."""
-    parts = {name: name.split("/") for name in archives.names(path)}
-    tops = {part[0] for part in parts.values() if len(part) > 1}
-    while len(tops) == 1 and all(len(part) > 2 for part in parts.values()):  # archives often wrap all in one folder
-        parts = {name: part[1:] for name, part in parts.items()}
-        tops = {part[0] for part in parts.values()}
-    is_split = {"train", "test"} <= {_SPLITS.get(top.lower()) for top in tops}
-    if is_split:
-        unknown = sorted(top for top in tops if top.lower() not in _SPLITS)
-        if unknown:
-            raise ValueError(f"{path} holds train and test, but also {', '.join(unknown)}; expected splits only")
-    depth = 1 if is_split else 0
-    files = {
-        name: (part[depth], _SPLITS[part[0].lower()] if is_split else "")
-        for name, part in parts.items()
-        if len(part) > depth + 1
-    }
-    if path.is_dir():
-        roots = [folder for folder in path.iterdir() if folder.is_dir()] if is_split else [path]
-        classes = [folder for root in roots for folder in root.iterdir() if folder.is_dir()]
-        empty = [f for f in classes if not f.name.startswith(".") and not any(i.is_file() for i in f.rglob("*"))]
-        if empty:
-            raise ValueError(f"class {empty[0].name} is empty: no file is below {empty[0]}; add pictures or remove it")
-    if not files:
-        raise ValueError(
-            f"no pictures below {path}; expected one sub-folder a class, each with {' '.join(SUFFIXES)} files"
-        )
-    return files
-
-
 def _listed(path: Path) -> tuple[Path, dict[str, tuple[str, str]]]:
     """Folder of a table of pictures, and file name -> (class, split)."""
     with path.open(encoding="utf-8-sig") as file:
@@ -160,12 +107,12 @@ def _listed(path: Path) -> tuple[Path, dict[str, tuple[str, str]]]:
     missing = [row[0] for row in rows if not (path.parent / row[0]).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} lists {missing[0]}, which is not in {path.parent} ({len(missing)} missing)")
-    wrong = sorted({row[2] for row in rows if has_split and row[2].lower() not in _SPLITS})
+    wrong = sorted({row[2] for row in rows if has_split and row[2].lower() not in folders.SPLITS})
     if wrong:
-        raise ValueError(f"{path}: split {', '.join(wrong)} is unknown; expected {', '.join(_SPLITS)}")
+        raise ValueError(f"{path}: split {', '.join(wrong)} is unknown; expected {', '.join(folders.SPLITS)}")
     if not rows:
         raise ValueError(f"{path} lists no picture")
-    return path.parent, {row[0]: (row[1], _SPLITS[row[2].lower()] if has_split else "") for row in rows}
+    return path.parent, {row[0]: (row[1], folders.SPLITS[row[2].lower()] if has_split else "") for row in rows}
 
 
 def _measure(contents: Iterable[tuple[str, bytes]], *, size: int, channels: int) -> tuple[int, int]:
@@ -192,21 +139,3 @@ def _room(count: int, size: int, channels: int) -> np.ndarray:
         return np.zeros(shape, np.uint8)
     with tempfile.TemporaryFile(prefix="cornucopia-pixels-") as file:
         return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    yield chunk
-
-
-def _reason(content: bytes, error: tf.errors.InvalidArgumentError) -> str:
-    if not content:
-        return "the file is empty"
-    lines = [line.strip() for line in error.message.splitlines()]
-    told = [line for line in lines if line and not line.startswith(("[[", "Detected at", "Graph execution", "File "))]
-    return told[-1].split(" [Op:")[0] if told else "cannot be decoded"

@@ -41,6 +41,70 @@ DATASETS = {
         source="https://github.com/zalandoresearch/fashion-mnist",
         published={"accuracy": "two convolutions 0.916-0.925, WRN-28-10 0.959 (the data set's README)"},
     ),
+    "mr": Dataset(
+        files={
+            "rt-polarity.neg": "2d11cfbc790f1cd96d78339f41ce53ced1efa83cd22d37d6788fa3fe3d17e2fd",
+            "rt-polarity.pos": "4134882974a28d0c7b5151256f0e33a6169984ee7372c279e673f1114f475d58",
+        },
+        address="",
+        licence="none stated (Cornell, research use)",
+        citation="Pang & Lee 2005, Seeing stars, ACL",
+        source="https://github.com/dennybritz/cnn-text-classification-tf (the UTF-8 version), data/rt-polaritydata",
+        published={"accuracy": "ten folds: CNN-rand 0.761, CNN-non-static with word2vec 0.815 (Kim 2014, table 2)"},
+    ),
+    "sst2": Dataset(
+        files={
+            "train.tsv": "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920",
+            "dev.tsv": "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359",
+            "test.tsv": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
+        },
+        address="",
+        licence="none stated (Stanford Sentiment Treebank)",
+        citation="Socher et al. 2013, Recursive Deep Models for Semantic Compositionality, EMNLP",
+        source="https://github.com/clairett/pytorch-sentiment-classification, data/SST2",
+        published={
+            "accuracy": "CNN-rand 0.827, CNN-non-static 0.872, both trained with phrases too (Kim 2014); BERT 0.949 "
+            "(NLP-progress)"
+        },
+    ),
+    "trec": Dataset(
+        files={
+            "train_5500.label": "8bd6e79493f43bbd22c364587366a1dced54e1e31259eaa92721a0f526031116",
+            "TREC_10.label": "86ad53c8fc9d397ab2f4be7c967d8efb470b260140557d3e57afad69d1b88b76",
+        },
+        address="",
+        licence="none stated (UIUC, research use)",
+        citation="Li & Roth 2002, Learning Question Classifiers, COLING",
+        source="https://cogcomp.seas.upenn.edu/Data/QA/QC/",
+        published={
+            "accuracy": "6 classes: CNN-rand 0.912, CNN-non-static 0.936 (Kim 2014); 50: SVM 0.916 (NLP-progress)"
+        },
+    ),
+    "banking77": Dataset(
+        files={
+            "train.csv": "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
+            "test.csv": "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
+        },
+        address="",
+        licence="CC BY 4.0",
+        citation="Casanueva et al. 2020, Efficient Intent Detection with Dual Sentence Encoders",
+        source="https://github.com/PolyAI-LDN/task-specific-datasets, banking_data",
+        published={
+            "accuracy": "RNN and CNN on GloVe 0.880 (README of ianuragbhatt/clinc_oos); USE + ConveRT 0.934, "
+            "BERT-large 0.937 (Casanueva et al. 2020)"
+        },
+    ),
+    "fsdd": Dataset(
+        files={"fsdd_recordings.tar.gz": "b8f087bc9d5c545fe5468a9febde9b9643520a6352c75be86b96328be04ef5c2"},
+        address="",
+        licence="CC BY-SA 4.0",
+        citation="Jackson, Souza, Flaks, Pan, Nicolas, Thite 2018, Free Spoken Digit Dataset v1.0.8, Zenodo",
+        source="https://github.com/Jakobovski/free-spoken-digit-dataset (its folder recordings, as a tar.gz)",
+        published={
+            "accuracy": "speakers heard in training: modified ResNet-18, random 2,400/600 split 0.9696 "
+            "(dilne/Free-Spoken-Digit-Dataset, README)"
+        },
+    ),
     "ml-100k": Dataset(
         files={
             "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
@@ -51,6 +115,14 @@ DATASETS = {
         citation="Harper & Konstan 2015, The MovieLens Datasets: History and Context, ACM TiiS 5(4)",
         source="https://grouplens.org/datasets/movielens/100k/",
         published={"ndcg@10": "popularity 0.045, BPR 0.064, ALS 0.072, EASE 0.073 (measured elsewhere, this protocol)"},
+    ),
+    "tinyshakespeare": Dataset(
+        files={"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+        address="",
+        licence="public domain; the source repository is under MIT",
+        citation="Karpathy 2015, The Unreasonable Effectiveness of Recurrent Neural Networks",
+        source="https://github.com/karpathy/char-rnn (data/tinyshakespeare)",
+        published={"loss": "nanoGPT 1.4697 (6 layers, 384 wide, context 256, on a GPU), 1.88 (its CPU recipe)"},
     ),
 }
 

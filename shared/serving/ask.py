@@ -11,8 +11,8 @@ from shared.serving.client import Client
 FILES = ("image", "audio")  # inputs that take the content of a file; a person gives its path
 
 
-def ask(model: str, values: Mapping[str, str], *, address: str) -> None:
-    """Print a model's answer to inputs given as text.
+def ask(model: str, values: Mapping[str, str], *, address: str, signature: str = "serving_default") -> None:
+    """Print the answer of a model's signature to inputs given as text.
 
     Raises:
         ValueError: an input is missing, unknown or not of its type, or the server refuses; says which.
@@ -20,7 +20,7 @@ def ask(model: str, values: Mapping[str, str], *, address: str) -> None:
     """
     with Client(address) as client:
         try:
-            inputs = client.inputs(model)
+            inputs = client.inputs(model, signature=signature)
             missing, unknown = sorted(set(inputs) - set(values)), sorted(set(values) - set(inputs))
             if missing or unknown:
                 expected = " ".join(f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs)
@@ -28,7 +28,7 @@ def ask(model: str, values: Mapping[str, str], *, address: str) -> None:
                                  + "; ".join([f"{name} is missing" for name in missing]
                                              + [f"{name} is unknown" for name in unknown]))  # fmt: skip
             batch = {name: _parse(name, values[name], dtype, shape) for name, (dtype, shape) in inputs.items()}
-            answer = client.predict(model, batch)
+            answer = client.predict(model, batch, signature=signature)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise ConnectionError(f"no server answers at {address}; start one with make serve") from error

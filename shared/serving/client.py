@@ -15,10 +15,10 @@ from shared.serving import tensors
 _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-def request(model: str, inputs: Mapping[str, np.ndarray]) -> predict_pb2.PredictRequest:
-    """A Predict message for a model's default signature."""
+def request(model: str, inputs: Mapping[str, np.ndarray], *, signature: str = "") -> predict_pb2.PredictRequest:
+    """A Predict message for a signature of a model; none named: its default one."""
     message = predict_pb2.PredictRequest()
-    message.model_spec.name = model
+    message.model_spec.name, message.model_spec.signature_name = model, signature
     for name, value in inputs.items():
         message.inputs[name].CopyFrom(tensors.to_proto(value))
     return message
@@ -41,13 +41,13 @@ class Client:
     def __exit__(self, *_):
         self._channel.close()
 
-    def predict(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(self, model: str, inputs: Mapping[str, np.ndarray], *, signature: str = "") -> dict[str, np.ndarray]:
         """Ask a model: inputs by name, with the batch first -> outputs by name."""
-        reply = self._stub.Predict(request(model, inputs), timeout=self._timeout)
+        reply = self._stub.Predict(request(model, inputs, signature=signature), timeout=self._timeout)
         return {name: tensors.from_proto(proto) for name, proto in reply.outputs.items()}
 
-    def inputs(self, model: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """What a model's default signature takes: name -> (dtype, shape with -1 for any size)."""
+    def inputs(self, model: str, *, signature: str = "serving_default") -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """What a signature of a model takes: name -> (dtype, shape with -1 for any size); ValueError: there is none."""
         import tensorflow as tf
 
         message = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
@@ -55,11 +55,13 @@ class Client:
         reply = self._stub.GetModelMetadata(message, timeout=self._timeout)
         found = get_model_metadata_pb2.SignatureDefMap()
         reply.metadata["signature_def"].Unpack(found)
-        signature = found.signature_def["serving_default"]
+        if signature not in found.signature_def:
+            known = ", ".join(sorted(name for name in found.signature_def if not name.startswith("__")))
+            raise ValueError(f"{model} has no signature {signature}; one of {known}")
         return {
             name: (
                 np.dtype(tf.dtypes.as_dtype(info.dtype).as_numpy_dtype),
                 tuple(dim.size for dim in info.tensor_shape.dim),
             )
-            for name, info in sorted(signature.inputs.items())
+            for name, info in sorted(found.signature_def[signature].inputs.items())
         }

@@ -57,7 +57,7 @@ def fit(
         "network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {model.dtype_policy.name}"
     )
     if keeper.epoch < config.epochs and not keeper.stopped:
-        batches = splits.stream(int(model.optimizer.iterations.numpy()))
+        batches = splits.stream(keeper.epoch * splits.steps)
         model.fit(
             batches if config.deterministic else clock.watch(batches),  # no clock is allowed in deterministic mode
             steps_per_epoch=splits.steps,
@@ -137,7 +137,6 @@ class _Keeper(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._since = time.perf_counter()
-        self._steps_before = int(self.model.optimizer.iterations.numpy())
 
     def on_train_batch_end(self, batch, logs=None):
         if not self._begun:
@@ -155,7 +154,7 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._stop_clock()
         logs = {key: float(value) for key, value in logs.items()}
-        steps = int(self.model.optimizer.iterations.numpy()) - self._steps_before
+        steps = self.params["steps"]
         self.steps_done += steps
         self.epoch = epoch + 1
         for key, value in logs.items():

@@ -1,0 +1,593 @@
+"""Reinforcement learning: learn to act in an environment by proximal policy optimisation (Schulman et al. 2017).
+
+Data      the name of a Gymnasium environment with vector observations and discrete or continuous actions
+Model     one small network for the policy and one for the value, over observations that it normalises itself
+Endpoint  observation -> action, probabilities (continuous actions: mean, deviation), value
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+
+import gymnasium
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
+from shared import data, metrics, run, training
+from shared.metrics import acting
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Config):
+    data: str = ""  # Gymnasium's name of an environment; empty: CartPole-v1
+    steps: int = 0  # of the environments to learn from, all together; 0: as many as in KNOWN, else 1,000,000
+    epochs: int = 10  # parts of the training; after each, the policy is tried on episodes of its own
+    environments: int = 16  # side by side
+    batch: int = 4096  # steps between two updates, all environments together
+    passes: int = 4  # over those steps at an update
+    minibatches: int = 16  # that each pass is cut into
+    width: int = 64  # of the two hidden layers of each network
+    rate: float = 1e-3  # learning rate at the beginning; it falls to zero in a straight line
+    discount: float = 0.999  # of the reward one step on
+    trace: float = 0.98  # lambda of the generalised advantage estimate: how far it trusts rewards, not the value
+    clip: float = 0.2  # how far an update may move the probability of an action, as a share
+    entropy: float = 0.01  # worth of a nat of the policy's entropy
+    seeds: int = 1  # how many trainings, each by its own seed; their interquartile mean is the result
+
+
+SMOKE = Config(steps=2_048, epochs=2, width=8, batch=256, environments=4)
+EXPECT = {"": {"return": 475}, "Acrobot-v1": {"return": -85}, "LunarLander-v3": {"return": 240}}
+
+# Environment -> steps to learn from, and what PPO is published to reach, by RL Baselines3 Zoo (benchmark.md).
+KNOWN = {
+    "CartPole-v1": (100_000, "500.0 (RL Baselines3 Zoo, one run of 100,000 steps)"),
+    "Acrobot-v1": (500_000, "-73.5 (RL Baselines3 Zoo, one run of 1,000,000 steps)"),
+    "LunarLander-v3": (1_000_000, "242.1 (RL Baselines3 Zoo, one run of 1,000,000 steps on LunarLander-v2)"),
+}
+TRIED, TESTED = 20, 100  # episodes after each epoch, and in the end
+TRY, TEST, RANDOM = 1_000_000, 2_000_000, 3_000_000  # their seeds; training draws its own by the run's seed
+
+
+def load(config: Config) -> data.Splits:
+    world = World.of(config)
+    steps, published = KNOWN.get(world.name, (1_000_000, ""))
+    rounds = (config.steps or steps) // config.batch // config.epochs
+    if rounds < 1:
+        raise ValueError(
+            f"--steps={config.steps or steps} are too few for {config.epochs} epochs with --batch={config.batch}"
+        )
+    if config.batch % config.environments or config.batch % config.minibatches:
+        raise ValueError(
+            f"--batch={config.batch} must be a multiple of --environments={config.environments} and of "
+            f"--minibatches={config.minibatches}"
+        )
+    if config.strategy == "mirrored":
+        raise ValueError("rl.ppo learns on one device; leave --strategy out")
+    run.say("world", f"{world.name}: {world.size} numbers observed, {world.described}, episodes of {world.limit:,} "
+            f"steps at most")  # fmt: skip
+    begun = [tf.data.Dataset.from_tensors(np.int64(seed)) for seed in (config.seed, TRY, TEST)]
+    random = Play(world, 8)
+    random.reset(RANDOM)
+    for _ in range(5):
+        random.step(world.random(np.random.default_rng(1), 8))
+    return data.Splits(
+        stream=lambda step: tf.data.Dataset.range(step, np.iinfo(np.int64).max),
+        steps=rounds,
+        train=begun[0],
+        validation=begun[1],
+        test=begun[2],
+        preprocess=lambda observation: tf.cast(observation, tf.float32),
+        names=world.actions,
+        request={"observation": random.observation},
+        about={
+            "data": world.name,
+            "protocol": f"{TESTED} greedy episodes that begin as no other did, after {rounds * config.epochs} rounds "
+            f"of {config.batch:,} steps",
+            "licence": "MIT (Gymnasium)",
+            "source": "https://github.com/Farama-Foundation/Gymnasium",
+            "citation": "Towers et al. 2024, Gymnasium: A Standard Interface for Reinforcement Learning Environments",
+            "published return": published,
+            "limits": "It has learned to act in this environment alone, as it is simulated; what it does where "
+            "training never came is untested.",
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What is to be known of an environment before anything is built."""
+
+    name: str
+    size: int  # numbers in an observation
+    count: int  # actions to choose from, or numbers in a continuous one
+    discrete: bool
+    first: int  # the lowest number of a discrete action
+    low: tuple[float, ...] = ()  # of continuous actions
+    high: tuple[float, ...] = ()
+    limit: int = 10_000  # steps after which an episode is cut off
+
+    @staticmethod
+    @functools.cache
+    def of(config: Config) -> "World":
+        """ValueError where there is no such environment, or one that this task cannot learn."""
+        name = config.data or "CartPole-v1"
+        try:
+            environment = gymnasium.make(name)
+        except gymnasium.error.Error as error:
+            raise ValueError(
+                f"--data={name} is no environment here ({error}); expected a name that gymnasium.make takes, e.g. "
+                f"{', '.join(KNOWN)}"
+            ) from error
+        seen, acts, limit = environment.observation_space, environment.action_space, environment.spec.max_episode_steps
+        environment.close()
+        if not isinstance(seen, gymnasium.spaces.Box) or len(seen.shape) != 1:
+            raise ValueError(f"{name} shows {seen}; rl.ppo learns from vectors of numbers only")
+        common = {"name": name, "size": seen.shape[0], "limit": limit or 10_000}
+        if isinstance(acts, gymnasium.spaces.Discrete):
+            return World(**common, count=int(acts.n), discrete=True, first=int(acts.start))
+        if isinstance(acts, gymnasium.spaces.Box) and len(acts.shape) == 1:
+            bounds = {"low": tuple(acts.low.tolist()), "high": tuple(acts.high.tolist())}
+            return World(**common, count=acts.shape[0], discrete=False, first=0, **bounds)
+        raise ValueError(f"{name} is acted on by {acts}; rl.ppo knows discrete actions and vectors of numbers")
+
+    @property
+    def described(self) -> str:
+        return f"{self.count} actions" if self.discrete else f"{self.count} numbers to act by"
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(str(self.first + number) for number in range(self.count))
+
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Middle and half of the span of continuous actions; where it has no end, they stay as they are."""
+        low, high = np.array(self.low, np.float32), np.array(self.high, np.float32)
+        bounded = np.isfinite(low) & np.isfinite(high)
+        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        return (low + high) / 2, (high - low) / 2
+
+    def turn(self, chosen, clip: Callable = np.clip):
+        """What the environment takes, from the index of an action [batch] or numbers around 0 [batch, number]."""
+        if self.discrete:
+            return chosen + self.first
+        middle, half = self.scale
+        return clip(middle + half * chosen, np.array(self.low, np.float32), np.array(self.high, np.float32))
+
+    def random(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Choices of nobody: any action alike."""
+        if self.discrete:
+            return generator.integers(self.count, size=count)
+        return generator.uniform(-1, 1, (count, self.count)).astype(np.float32)
+
+
+class Play:
+    """Environments side by side. One whose episode has ended begins anew in its next step, which nobody chose."""
+
+    def __init__(self, world: World, count: int):
+        self.world, self.count = world, count
+        self.environments = gymnasium.make_vec(world.name, count)
+
+    def reset(self, seed: int) -> None:
+        self.observation = self._checked(self.environments.reset(seed=seed)[0])
+        self.ended = np.zeros(self.count, bool)
+        self.total = np.zeros(self.count, np.float32)
+
+    def now(self) -> np.ndarray:
+        return self.observation
+
+    def step(self, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Observation, reward, terminated, truncated, whether the step was chosen, and the episode's sum of rewards."""
+        observation, reward, terminated, truncated, _ = self.environments.step(self.world.turn(chosen))
+        chosen_by_policy = ~self.ended
+        self.observation = self._checked(observation)
+        self.total = np.where(self.ended, 0, self.total + reward).astype(np.float32)
+        self.ended = terminated | truncated
+        return self.observation, reward.astype(np.float32), terminated, truncated, chosen_by_policy, self.total
+
+    def _checked(self, observation: np.ndarray) -> np.ndarray:
+        if not np.isfinite(observation).all():
+            raise FloatingPointError(f"{self.world.name} shows numbers that are not finite: {observation}")
+        return observation.astype(np.float32)
+
+
+STEP = (tf.float32, tf.float32, tf.bool, tf.bool, tf.bool, tf.float32)  # what Play.step returns
+
+
+def build(config: Config, splits: data.Splits) -> keras.Model:
+    """Observation [batch, number] -> policy (logits, or mean and log deviation) [batch, number], value [batch]."""
+    world = World.of(config)
+    observation = keras.Input([world.size], name="observation")
+    # It does not learn by itself: its two statistics are of all observations so far, and `Learner` keeps them.
+    seen = layers.BatchNormalization(center=False, scale=False, epsilon=1e-8, trainable=False, name="normal")
+    x = ops.clip(seen(observation, training=False), -10, 10)
+
+    def network(x, count, gain, name):
+        for _ in range(2):
+            x = layers.Dense(config.width, "tanh", kernel_initializer=keras.initializers.Orthogonal(2**0.5))(x)
+        return layers.Dense(count, kernel_initializer=keras.initializers.Orthogonal(gain), name=name)(x)
+
+    policy = network(x, world.count, 0.01, "policy")
+    if not world.discrete:
+        deviation = layers.Dense(world.count, kernel_initializer="zeros", name="log_deviation")  # its bias alone
+        policy = ops.concatenate([policy, deviation(ops.zeros_like(x))], -1)
+    # Rewards are learned in units of their spread; so that the value is in the environment's, it is scaled back.
+    unit = layers.Dense(1, use_bias=False, kernel_initializer="ones", trainable=False, name="unit")
+    value = unit(network(x, 1, 1.0, "value"))
+    model = keras.Model(observation, {"policy": policy, "value": value[:, 0]}, name="actor_critic")
+    updates = config.epochs * splits.steps * config.passes * config.minibatches
+    rate = keras.optimizers.schedules.PolynomialDecay(config.rate, updates, end_learning_rate=0.0)
+    model.compile(keras.optimizers.Adam(rate, epsilon=1e-5, global_clipnorm=0.5), jit_compile=False)
+    return model
+
+
+def train(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, float]:
+    learner = Learner(config, model)
+    learner.compile(model.optimizer, jit_compile=False)
+    cost = training.fit(config, learner, splits, callbacks=(learner.anew(),))
+    acting.plot_seeds(config.folder, config.epochs * splits.steps * config.batch)
+    return cost
+
+
+class Learner(keras.Model):
+    """A step of its training is a round: all environments are played for some steps, then the policy learns from them.
+
+    Rollout and update are one graph, from which Python is called for the environments alone; the update is compiled
+    by XLA.
+    """
+
+    def __init__(self, config: Config, model: keras.Model):
+        super().__init__(name=model.name)
+        self.config, self.world, self.network = config, World.of(config), model
+        self.play, self.trial = Play(self.world, config.environments), Play(self.world, TRIED)
+        self.seen = self.add_weight(name="seen", initializer="zeros", trainable=False)  # observations
+        self.returned = self.add_weight([config.environments], name="returned", initializer="zeros", trainable=False)
+        self.returns = self.add_weight([3], name="returns", initializer="zeros", trainable=False)  # count, mean, var
+        self.followed = {name: keras.metrics.Mean(name) for name in ("loss", "return", "entropy", "divergence")}
+        self.built = True
+
+    def anew(self) -> keras.callbacks.Callback:
+        """At an epoch's begin all environments begin anew, so that a resumed run sees what an unbroken one saw."""
+
+        def begin(epoch, logs=None):
+            self.play.reset(int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]) % TRY)
+
+        return keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_test_begin=lambda logs: self.trial.reset(TRY))
+
+    def train_step(self, step):
+        config, world = self.config, self.world
+        shape = [config.batch // config.environments, config.environments]
+        uniform = tf.random.stateless_uniform([*shape, world.count], [config.seed, tf.cast(step, tf.int32)], 1e-7, 1)
+        noise = -tf.math.log(-tf.math.log(uniform)) if world.discrete else tf.math.ndtri(uniform)
+        played = roll(self.network, self.play, noise)
+        ended = (played["terminated"] | played["truncated"]) & played["chosen"]
+        self.followed["return"].update_state(played["total"], sample_weight=ended)
+        for name, value in self._improve(played, tf.cast(step, tf.int32)).items():
+            self.followed[name].update_state(value)
+        logs = {name: metric.result() for name, metric in self.followed.items()}
+        none = tf.equal(self.followed["return"].count, 0.0)  # no episode has ended yet
+        return logs | {"return": tf.where(none, np.nan, logs["return"])}
+
+    def test_step(self, seed):
+        noise = tf.zeros([self.world.limit, TRIED, self.world.count])
+        value = tf.reduce_mean(first_episodes(roll(self.network, self.trial, noise))[0])
+        return {"loss": -value, "return": value}  # the best epoch is the one with the lowest loss
+
+    @tf.function(jit_compile=True)
+    def _improve(self, played, step):
+        config, network = self.config, self.network
+        time, side = played["reward"].shape
+        observed = played["observation"]  # [time + 1, environment, number]
+        outputs = network(tf.reshape(observed, [-1, self.world.size]), training=False)
+        unit = tf.maximum(self._unit(played), 1e-4)
+        values = tf.reshape(outputs["value"], [time + 1, side]) / network.get_layer("unit").kernel[0, 0]
+        advantages = advantage(
+            played["reward"] / unit, values, played["terminated"], played["truncated"],
+            discount=config.discount, trace=config.trace,
+        )  # fmt: skip
+        count = config.batch
+        policy = tf.reshape(outputs["policy"], [-1, outputs["policy"].shape[-1]])[:count]
+        rows = {
+            "observation": tf.reshape(observed[:-1], [count, -1]),
+            "choice": tf.reshape(played["choice"], [count, *played["choice"].shape[2:]]),
+            "advantage": tf.reshape(advantages, [count]),
+            "aim": tf.reshape(advantages + values[:-1], [count]),
+            "weight": tf.reshape(tf.cast(played["chosen"], tf.float32), [count]),
+        }
+        rows["before"] = self._probability(policy, rows["choice"])[0]
+        totals = tf.zeros([3])
+        size = count // config.minibatches
+        for turn in tf.range(config.passes):
+            drawn = tf.random.stateless_uniform([count], tf.stack([config.seed + 1, step * config.passes + turn]))
+            order = tf.reshape(tf.argsort(drawn), [config.minibatches, size])
+            for part in tf.range(config.minibatches):
+                totals += self._update({name: tf.gather(row, order[part]) for name, row in rows.items()})
+        totals /= config.passes * config.minibatches
+        self._observe(tf.reshape(observed[1:], [count, -1]), unit)
+        return {"loss": totals[0], "entropy": totals[1], "divergence": totals[2]}
+
+    def _update(self, rows):
+        config, weight = self.config, rows["weight"]
+
+        def mean(values):
+            return tf.reduce_sum(values * weight) / tf.maximum(tf.reduce_sum(weight), 1)
+
+        with tf.GradientTape() as tape:
+            outputs = self.network(rows["observation"], training=False)
+            now, entropy = self._probability(outputs["policy"], rows["choice"])
+            ratio = tf.exp(now - rows["before"])
+            gain = rows["advantage"] - mean(rows["advantage"])
+            gain /= tf.sqrt(mean(tf.square(gain))) + 1e-8
+            clipped = tf.clip_by_value(ratio, 1 - config.clip, 1 + config.clip)
+            of_policy = -mean(tf.minimum(ratio * gain, clipped * gain))  # Schulman et al. 2017, equation 7
+            value = outputs["value"] / tf.stop_gradient(self.network.get_layer("unit").kernel[0, 0])
+            of_value = 0.5 * mean(tf.square(value - rows["aim"]))
+            loss = of_policy + 0.5 * of_value - config.entropy * mean(entropy)
+        variables = self.network.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return tf.stack([loss, mean(entropy), mean(ratio - 1 - tf.math.log(ratio))])
+
+    def _probability(self, policy, choice):
+        """Log-probability of what was chosen, and the policy's entropy, each [batch]."""
+        if self.world.discrete:
+            logs = tf.nn.log_softmax(policy)
+            return tf.gather(logs, choice, batch_dims=1), -tf.reduce_sum(tf.exp(logs) * logs, -1)
+        middle, deviation = tf.split(policy, 2, -1)
+        square = tf.square((choice - middle) / tf.exp(deviation))
+        log = -0.5 * (square + np.log(2 * np.pi)) - deviation
+        return tf.reduce_sum(log, -1), tf.reduce_sum(deviation + 0.5 * np.log(2 * np.pi * np.e), -1)
+
+    def _unit(self, played):
+        """The spread of the discounted sums of rewards so far: rewards are learned in this unit."""
+        going = 1 - tf.cast(played["terminated"] | played["truncated"], tf.float32)
+        sums = tf.TensorArray(tf.float32, going.shape[0], element_shape=going.shape[1:])
+        carried = tf.convert_to_tensor(self.returned)
+        for time in tf.range(going.shape[0]):
+            carried = self.config.discount * carried + played["reward"][time]
+            sums = sums.write(time, carried)
+            carried *= going[time]
+        self.returned.assign(carried)
+        count, mean, variance = merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums.stack(), [-1]))
+        self.returns.assign(tf.stack([count, mean, variance]))
+        return tf.sqrt(variance)
+
+    def _observe(self, observed, unit):
+        normal = self.network.get_layer("normal")
+        mean, variance = (tf.convert_to_tensor(v) for v in (normal.moving_mean, normal.moving_variance))
+        count, mean, variance = merge(tf.convert_to_tensor(self.seen), mean, variance, observed)
+        self.seen.assign(count)
+        normal.moving_mean.assign(mean)
+        normal.moving_variance.assign(variance)
+        self.network.get_layer("unit").kernel.assign([[unit]])
+
+
+def merge(count, mean, variance, rows):
+    """Count, mean and variance of more rows than before (Chan et al. 1979)."""
+    more = tf.cast(tf.shape(rows)[0], tf.float32)
+    total = count + more
+    new, spread = tf.nn.moments(rows, 0)
+    apart = new - mean
+    variance = (count * variance + more * spread + tf.square(apart) * count * more / total) / total
+    return total, mean + apart * more / total, variance
+
+
+def advantage(rewards, values, terminated, truncated, *, discount: float, trace: float):
+    """Generalised advantages [time, environment] (Schulman et al. 2016, equation 16).
+
+    An episode that terminated is worth nothing more. One that was truncated would have gone on: what its last
+    observation is worth counts, but nothing behind it.
+
+    Args:
+        rewards, terminated, truncated: of each step, [time, environment].
+        values: of the observations before each step and after the last, [time + 1, environment].
+    """
+    terminated, ended = tf.cast(terminated, tf.float32), tf.cast(terminated | truncated, tf.float32)
+    surprise = rewards + discount * (1 - terminated) * values[1:] - values[:-1]
+    found = tf.TensorArray(tf.float32, rewards.shape[0], element_shape=rewards.shape[1:])
+    behind = tf.zeros_like(values[0])
+    for time in tf.range(rewards.shape[0] - 1, -1, -1):
+        behind = surprise[time] + discount * trace * (1 - ended[time]) * behind
+        found = found.write(time, behind)
+    return found.stack()
+
+
+@tf.function
+def roll(network: keras.Model, play: Play, noise: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Play on from where the environments are.
+
+    Args:
+        noise: added to the logits, or in deviations to the mean, [time, environment, number]; zeros choose the best.
+
+    Returns:
+        `observation` [time + 1, environment, number]; `choice` [time, environment, …]; and, [time, environment],
+        `reward`, `terminated`, `truncated`, `chosen` (False where an environment began anew), `total` of the episode.
+    """
+    world, count = play.world, noise.shape[0]
+    observation = tf.ensure_shape(tf.numpy_function(play.now, [], tf.float32), [play.count, world.size])
+    observed = tf.TensorArray(tf.float32, count + 1, element_shape=observation.shape).write(0, observation)
+    kind, shape = (tf.int64, [play.count]) if world.discrete else (tf.float32, [play.count, world.count])
+    chosen = tf.TensorArray(kind, count, element_shape=shape)
+    told = tuple(tf.TensorArray(kind, count, element_shape=[play.count]) for kind in STEP[1:])
+    for time in tf.range(count):
+        policy = network(observation, training=False)["policy"]
+        if world.discrete:
+            choice = tf.argmax(policy + noise[time], -1)
+        else:
+            choice = policy[:, : world.count] + tf.exp(policy[:, world.count :]) * noise[time]
+        observation, *now = tf.numpy_function(play.step, [choice], STEP)
+        observation = tf.ensure_shape(observation, [play.count, world.size])
+        observed, chosen = observed.write(time + 1, observation), chosen.write(time, choice)
+        told = tuple(told[n].write(time, tf.ensure_shape(now[n], [play.count])) for n in range(len(told)))
+    names = ("reward", "terminated", "truncated", "chosen", "total")
+    played = {
+        name: tf.ensure_shape(array.stack(), [count, play.count]) for name, array in zip(names, told, strict=True)
+    }
+    return {
+        "observation": tf.ensure_shape(observed.stack(), [count + 1, play.count, world.size]),
+        "choice": tf.ensure_shape(chosen.stack(), [count, *shape]),
+        **played,
+    }
+
+
+def first_episodes(played: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum of rewards and number of steps of each environment's first episode, each [environment]."""
+    ended = played["terminated"] | played["truncated"]
+    last = tf.argmax(ended, 0)  # the first True
+    return tf.gather(tf.transpose(played["total"]), last, batch_dims=1), last + 1
+
+
+def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
+    world = World.of(config)
+    play = Play(world, TESTED)
+    play.reset(int(next(iter(splits.test))))
+    totals, lengths = first_episodes(roll(model, play, tf.zeros([world.limit, TESTED, world.count])))
+    film(config, model)
+    return {
+        "return": metrics.measured(np.mean, totals.numpy()),
+        "episode_length": metrics.measured(np.mean, lengths.numpy().astype(float)),
+    }
+
+
+def film(config: Config, model: keras.Model, most: int = 400) -> None:
+    """Draw the beginning of an episode as the policy plays it, every second step, as `policy.gif`."""
+    from PIL import Image
+
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no window, no screen
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    world = World.of(config)
+    try:
+        environment = gymnasium.make(world.name, render_mode="rgb_array")
+        observation, _ = environment.reset(seed=TEST)
+        frames = [environment.render()]
+    except Exception as error:  # a renderer may lack anything; the policy is none the worse
+        run.say("film", f"none: {world.name} cannot be drawn here ({error})")
+        return
+    act = tf.function(lambda seen: model(seen, training=False)["policy"][:, : world.count])
+    for step in range(most):
+        policy = act(tf.constant(observation[None], tf.float32)).numpy()
+        observation, _, terminated, truncated, _ = environment.step(
+            world.turn(policy.argmax(-1) if world.discrete else policy)[0]
+        )
+        if step % 2:
+            frames.append(environment.render())
+        if terminated or truncated:
+            break
+    environment.close()
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for picture in pictures:
+        picture.thumbnail((300, 300))
+    path = config.folder / "policy.gif"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40, loop=0, optimize=True)
+    run.say("film", f"{path}")
+
+
+def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
+    """The better of a policy that acts at random and a linear one found by random search in as many steps."""
+    world = World.of(config)
+    generator = np.random.default_rng(config.seed)
+    play = Play(world, TESTED)
+    found = {}
+    play.reset(int(next(iter(splits.test))))
+    found["random policy"] = episodes(play, lambda seen: world.random(generator, TESTED))[0]
+    steps = config.epochs * splits.steps * config.batch
+    weights, normal = random_search(world, steps, seed=config.seed)
+    play.reset(int(next(iter(splits.test))))
+    found["linear policy by random search"] = episodes(play, lambda seen: linear(world, weights, normal(seen)))[0]
+    results = {name: metrics.measured(np.mean, totals) for name, totals in found.items()}
+    for name, value in results.items():
+        run.say("baseline", f"{name}: return {value}")
+    return {"return": max(results.values(), key=lambda value: value.value)}
+
+
+def linear(world: World, weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Choices by weights [action, number], or by each environment's own, [environment, action, number]."""
+    policy = np.einsum("ban,bn->ba" if weights.ndim == 3 else "an,bn->ba", weights, seen)
+    return policy.argmax(-1) if world.discrete else policy.astype(np.float32)
+
+
+def random_search(world: World, steps: int, *, seed: int) -> tuple[np.ndarray, Callable]:
+    """Augmented random search (Mania et al. 2018, V2-t): weights [action, number], and what normalises observations.
+
+    In each round some directions are tried both ways for an episode each; the weights move along the better half.
+    """
+    directions, better, pace, reach = 8, 4, 0.05, 0.1
+    random = np.random.default_rng(seed)
+    play = Play(world, 2 * directions)
+    weights, used = np.zeros((world.count, world.size)), 0
+    count, mean, square = 0, np.zeros(world.size), np.zeros(world.size)
+
+    def normal(seen):
+        return (seen - mean) / (np.sqrt(np.maximum(square - mean**2, 0)) + 1e-6) if count > 1 else seen
+
+    while used < steps:
+        tries = random.normal(size=(directions, *weights.shape))
+        candidates = weights + reach * np.concatenate([tries, -tries])
+        play.reset(int(random.integers(TRY)))
+        totals, lengths, seen = episodes(play, lambda seen, weights=candidates: linear(world, weights, normal(seen)))
+        used += int(lengths.sum())
+        share = len(seen) / (count + len(seen))
+        mean, square = mean + share * (seen.mean(0) - mean), square + share * ((seen**2).mean(0) - square)
+        count += len(seen)
+        plus, minus = totals[:directions], totals[directions:]
+        best = np.argsort(-np.maximum(plus, minus))[:better]
+        spread = np.concatenate([plus[best], minus[best]]).std()
+        if spread > 0:
+            weights = weights + pace / (better * spread) * np.einsum("d,dan->an", (plus - minus)[best], tries[best])
+    return weights, normal
+
+
+def episodes(play: Play, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of rewards and lengths of each environment's first episode, and the observations in them."""
+    going = np.ones(play.count, bool)
+    totals, lengths, seen = np.zeros(play.count), np.zeros(play.count, int), []
+    for _ in range(play.world.limit):
+        seen.append(play.observation[going])
+        _, reward, terminated, truncated, _, _ = play.step(choose(play.observation))
+        totals += reward * going
+        lengths += going
+        going &= ~(terminated | truncated)
+        if not going.any():
+            break
+    return totals, lengths, np.concatenate(seen)
+
+
+def folds(config: Config) -> run.Folds | None:
+    """The trainings of several seeds."""
+    if config.seeds < 2:
+        return None
+    seeds = range(config.seed, config.seed + config.seeds)
+    configs = {f"seed-{seed}": dataclasses.replace(config, seed=seed) for seed in seeds}
+    protocol = f"interquartile mean over {config.seeds} trainings by other seeds, each {TESTED} greedy episodes"
+    return run.Folds(configs, protocol, acting.interquartile_mean)
+
+
+class Endpoint(tf.Module):
+    def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
+        super().__init__()
+        self.model, self.world, self.preprocess = model, World.of(config), splits.preprocess
+        spec = tf.TensorSpec([None, self.world.size], tf.float32, name="observation")
+        self.answer = tf.function(self._answer, input_signature=[spec])
+
+    @property
+    def signatures(self):
+        return {"serving_default": self.answer}
+
+    def __call__(self, observation):
+        return self.answer(observation)
+
+    def _answer(self, observation):
+        finite = tf.reduce_all(tf.math.is_finite(observation))
+        told = tf.debugging.Assert(finite, ["observation holds NaN or infinite numbers; send finite ones"])
+        with tf.control_dependencies([told]):
+            outputs = self.model(self.preprocess(observation), training=False)
+        policy = outputs["policy"]
+        if self.world.discrete:
+            chosen = {"action": self.world.turn(tf.argmax(policy, -1)), "probabilities": tf.nn.softmax(policy)}
+        else:
+            mean, deviation = tf.split(policy, 2, -1)
+            _, half = self.world.scale
+            mean = self.world.turn(mean, tf.clip_by_value)
+            chosen = {"action": mean, "mean": mean, "deviation": half * tf.exp(deviation)}
+        return {**chosen, "value": outputs["value"]}

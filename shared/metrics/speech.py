@@ -1,0 +1,21 @@
+"""How well scores tell words from sounds that hold none."""
+
+import numpy as np
+
+from shared.metrics import Measured, measured
+
+
+def alarms(words: np.ndarray, others: np.ndarray, *, threshold: float = 0.5) -> dict[str, Measured]:
+    """What a program would do that takes a score of at least `threshold` for a word.
+
+    Args:
+        words: best scores of recordings that hold a word, [recording].
+        others: best scores of sounds that hold none, [sound].
+
+    Returns:
+        `false_alarm_rate`, the share of `others` taken for a word; `false_rejection_rate`, the share of `words` not.
+    """
+    return {
+        "false_alarm_rate": measured(np.mean, (others >= threshold).astype(float)),
+        "false_rejection_rate": measured(np.mean, (words < threshold).astype(float)),
+    }

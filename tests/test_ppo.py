@@ -1,0 +1,228 @@
+"""rl.ppo as a user meets it: environments of every kind, returns and advantages worked out by hand, refusals."""
+
+import dataclasses
+import re
+
+import grpc
+import gymnasium
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from apps.rl import ppo
+from shared import training
+from shared.metrics import acting
+from shared.serving.client import Client
+
+SMALL = dataclasses.replace(ppo.SMOKE, name="small")
+
+
+class Counting(gymnasium.Env):
+    """Shows how many steps an episode has had; worth 1 a step; terminated after 3 steps, or truncated after 2."""
+
+    observation_space = gymnasium.spaces.Box(0, 10, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return np.full(1, self.steps, np.float32), 1.0, self.steps == 3, False, {}
+
+
+@pytest.fixture
+def counting():
+    ppo.World.of.cache_clear()
+    for name, limit in (("Counting-v1", None), ("CountingLimited-v1", 2)):
+        gymnasium.register(name, Counting, max_episode_steps=limit)
+    yield
+    for name in ("Counting-v1", "CountingLimited-v1"):
+        del gymnasium.registry[name]
+    ppo.World.of.cache_clear()
+
+
+def test_advantages_by_hand():
+    rewards = tf.constant([[1.0], [2.0], [3.0]])
+    values = tf.constant([[0.5], [1.0], [1.5], [2.0]])
+    no = tf.constant([[False]] * 3)
+    second = tf.constant([[False], [True], [False]])
+
+    def found(terminated, truncated):
+        return ppo.advantage(rewards, values, terminated, truncated, discount=0.9, trace=0.5).numpy()[:, 0]
+
+    # Surprises: 1 + .9 * 1 - .5 = 1.4;  2 + .9 * 1.5 - 1 = 2.35;  3 + .9 * 2 - 1.5 = 3.3. Traces decay by .45.
+    np.testing.assert_allclose(found(no, no), [1.4 + 0.45 * (2.35 + 0.45 * 3.3), 2.35 + 0.45 * 3.3, 3.3], rtol=1e-6)
+    # Terminated after the second step: nothing is worth anything behind it. 2 - 1 = 1.
+    np.testing.assert_allclose(found(second, no), [1.4 + 0.45 * 1, 1, 3.3], rtol=1e-6)
+    # Truncated there: what its last observation is worth still counts, what came after does not.
+    np.testing.assert_allclose(found(no, second), [1.4 + 0.45 * 2.35, 2.35, 3.3], rtol=1e-6)
+
+
+def test_advantages_with_a_full_trace_are_returns_less_values():
+    random = np.random.default_rng(1)
+    rewards, values = random.normal(size=(6, 2)), random.normal(size=(7, 2))
+    terminated = np.zeros((6, 2), bool)
+    terminated[3, 0] = terminated[5, 1] = True
+    found = ppo.advantage(
+        *(tf.constant(part, tf.float32) for part in (rewards, values)), tf.constant(terminated),
+        tf.zeros([6, 2], tf.bool), discount=0.9, trace=1.0,
+    )  # fmt: skip
+    for side in range(2):
+        for time in range(6):
+            total, share = 0.0, 1.0
+            for later in range(time, 6):
+                total += share * rewards[later, side]
+                share *= 0.9
+                if terminated[later, side]:
+                    break
+            else:
+                total += share * values[6, side]
+            assert found[time, side].numpy() == pytest.approx(total - values[time, side], rel=1e-4, abs=1e-5)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    random = np.random.default_rng(1)
+    parts = [random.normal(number, number + 1, (50 * (number + 1), 3)).astype(np.float32) for number in range(3)]
+    count, mean, variance = 0.0, tf.zeros(3), tf.zeros(3)
+    for part in parts:
+        count, mean, variance = ppo.merge(count, mean, variance, tf.constant(part))
+    whole = np.concatenate(parts)
+    assert count == len(whole)
+    np.testing.assert_allclose(mean, whole.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, whole.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "length"), [("Counting-v1", 3), ("CountingLimited-v1", 2)])
+def test_rollout_of_a_world_known_by_heart(counting, name, length):
+    config = dataclasses.replace(SMALL, data=name)
+    world = ppo.World.of(config)
+    assert (world.count, world.first, world.actions) == (2, 5, ("5", "6"))
+    play = ppo.Play(world, 4)
+    play.reset(1)
+    splits = ppo.load(config)
+    network = ppo.build(config, splits)
+    played = {name: value.numpy() for name, value in ppo.roll(network, play, tf.zeros([8, 4, 2])).items()}
+    period = length + 1  # the step in which an environment begins anew is nobody's
+    steps = np.arange(8) % period
+    np.testing.assert_array_equal(played["observation"][:8, 0, 0], steps)
+    ended = steps == length - 1
+    np.testing.assert_array_equal(played["terminated"][:, 0], ended if length == 3 else np.zeros(8, bool))
+    np.testing.assert_array_equal(played["truncated"][:, 0], ended if length == 2 else np.zeros(8, bool))
+    np.testing.assert_array_equal(played["chosen"][:, 0], steps != length)
+    np.testing.assert_array_equal(played["reward"][:, 0], (steps != length).astype(float))
+    np.testing.assert_array_equal(played["total"][:, 0], (steps + 1) % period)
+    totals, lengths = ppo.first_episodes(played)
+    np.testing.assert_array_equal(totals, [length] * 4)
+    np.testing.assert_array_equal(lengths, [length] * 4)
+    play.reset(1)
+    totals, lengths, seen = ppo.episodes(play, lambda seen: np.zeros(4, int))
+    np.testing.assert_array_equal(totals, [length] * 4)
+    np.testing.assert_array_equal(lengths, [length] * 4)
+    assert len(seen) == 4 * length
+
+
+def test_value_of_a_world_known_by_heart(counting, tmp_path):
+    # With a discount of a half, the first of three steps is worth 1 + 1/2 + 1/4, and the third 1.
+    changes = {"data": "Counting-v1", "steps": 25_600, "discount": 0.5, "rate": 0.01, "entropy": 0.0}
+    config = dataclasses.replace(SMALL, **changes, runs=str(tmp_path), saved_models=str(tmp_path), name="")
+    config = training.begin("rl.ppo", config)
+    splits = ppo.load(config)
+    network = ppo.build(config, splits)
+    ppo.train(config, network, splits)
+    value = network(tf.constant([[0.0], [1.0], [2.0]]))["value"]
+    np.testing.assert_allclose(value, [1.75, 1.5, 1.0], atol=0.1)
+
+
+def test_interquartile_mean_by_hand():
+    assert acting.interquartile_mean(np.array([1.0, 100, 2, 3, -50])) == 2  # of five the middle three
+    assert acting.interquartile_mean(np.array([4.0, 1, 2, 3])) == 2.5
+    assert acting.interquartile_mean(np.array([7.0])) == 7
+
+
+def test_a_policy_that_balances_is_served(cornucopia, serving, tmp_path):
+    done = cornucopia("train", "rl.ppo", "--steps=20480", "--epochs=2")
+    value = float(re.search(r"\n +return +(\S+)", done.stdout)[1])
+    assert value > 400  # of 500; at random it is about 22
+    run = next((tmp_path / "runs").glob("rl.ppo-*"))
+    for picture in ("policy.gif", "learning_curve.png", "seeds.png"):
+        assert (run / picture).stat().st_size > 1_000
+    with serving() as address:
+        with Client(address) as client:
+            environment = gymnasium.make("CartPole-v1")
+            seen, _ = environment.reset(seed=77)
+            for steps in range(1, 201):  # noqa: B007
+                answer = client.predict("rl.ppo", {"observation": seen[None]})
+                seen, _, terminated, truncated, _ = environment.step(int(answer["action"][0]))
+                if terminated or truncated:
+                    break
+            assert steps == 200
+            assert answer["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+            for wrong in ([[np.nan, 0, 0, 0]], [[np.inf, 0, 0, 0]], [[0.0, 0, 0]], [0.0, 0, 0, 0]):
+                with pytest.raises(grpc.RpcError) as refused:
+                    client.predict("rl.ppo", {"observation": np.array(wrong, np.float32)})
+                assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        answer = cornucopia("ask", "rl.ppo", "--observation=0,0,0.1,0.2", f"--address={address}").stdout
+        assert re.search(r"^action +1$", answer, re.MULTILINE)  # it falls to the right: push there
+        assert re.search(r"^value +\d", answer, re.MULTILINE)
+
+
+def test_continuous_actions_stay_in_their_bounds(cornucopia, serving):
+    flags = ("--data=Pendulum-v1", "--steps=4096", "--epochs=2", "--batch=256", "--environments=4", "--width=8")
+    cornucopia("train", "rl.ppo", *flags)
+    with serving() as address, Client(address) as client:
+        seen = np.array([[1, 0, 0], [-1, 0, 8], [1000, -1000, 1000]], np.float32)
+        answer = client.predict("rl.ppo", {"observation": seen})
+    assert answer["action"].shape == (3, 1)
+    assert (np.abs(answer["action"]) <= 2).all()
+    assert (answer["deviation"] > 0).all()
+
+
+def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def learn(name, *, resume=False, stop=None):
+        config = dataclasses.replace(SMALL, epochs=3, runs=str(tmp_path), saved_models=str(tmp_path), name=name)
+        config = training.begin("rl.ppo", dataclasses.replace(config, resume=resume))
+        splits = ppo.load(config)
+        network = ppo.build(config, splits)
+        with monkeypatch.context() as patch:
+            if stop is not None:
+                reset = ppo.Play.reset
+                begun = []
+
+                def until(self, seed):
+                    begun.extend([seed] * (self.count == config.environments))
+                    if len(begun) > stop:
+                        raise KilledError
+                    reset(self, seed)
+
+                patch.setattr(ppo.Play, "reset", until)
+            ppo.train(config, network, splits)
+        return network
+
+    whole = learn("whole")
+    with pytest.raises(KilledError):
+        learn("broken", stop=2)
+    resumed = learn("broken", resume=True)
+    for want, have in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(want, have)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "NoSuchWorld-v0"}, "--data=NoSuchWorld-v0 is no environment here"),
+        ({"data": "FrozenLake-v1"}, "FrozenLake-v1 shows Discrete"),
+        ({"steps": 100}, "--steps=100 are too few for 2 epochs with --batch=256"),
+        ({"environments": 7}, "--batch=256 must be a multiple of --environments=7"),
+        ({"strategy": "mirrored"}, "learns on one device"),
+    ],
+)
+def test_bad_input_ends_in_advice(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ppo.load(dataclasses.replace(SMALL, **changes))
