@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
 DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
-SUITE := vision.classify speech.spot recommendation.retrieve rl.ppo  # every domain's first task
+SUITE := vision.classify speech.spot nlp.classify recommendation.retrieve rl.ppo generative.write  # every domain's first task
 
 .PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
 
@@ -35,7 +35,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 suite: $(READY)
-	@for task in $(SUITE); do $(BIN)/cornucopia train $$task || exit 1; done
+	@$(BIN)/python -m benchmarks.suite $(SUITE)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(options)

@@ -27,6 +27,7 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
   evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
   ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
+  explain TASK --text=T   which parts of a text a saved model's answer rests on
   serve [flags]           serve every model below saved_models over TensorFlow Serving's gRPC protocol
 
 cornucopia COMMAND [TASK] --help tells the flags."""
@@ -39,6 +40,15 @@ class Serve:
     models: str = "saved_models"  # folder with a folder NAME/VERSION for each model
     port: int = 8500  # for gRPC
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0 lets other machines in
+
+
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Show which parts of a text a saved model's answer rests on."""
+
+    text: str  # what the model is asked
+    version: int = 0  # which saved version; 0: the newest
+    saved_models: str = "saved_models"  # folder of exported versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +95,8 @@ def main() -> None:
         print(USAGE)
         return
     command, rest = words[0], words[1:]
-    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "serve": _serve}
+    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "explain": _explain,
+                "serve": _serve}  # fmt: skip
     if command not in commands:
         _refuse(f"unknown command {command}; one of {', '.join(commands)}")
     try:
@@ -165,6 +176,15 @@ def _evaluate(words: list[str]) -> None:
     task, words = _named(words, "evaluate")
     flags = tyro.cli(Evaluate, args=words, prog=f"cornucopia evaluate {task}")
     run.evaluate(task, _import(task), flags)
+
+
+def _explain(words: list[str]) -> None:
+    task, words = _named(words, "explain")
+    flags = tyro.cli(Explain, args=words, prog=f"cornucopia explain {task}")
+    module = _import(task)
+    if not hasattr(module, "explain"):
+        _refuse(f"{task} does not explain its answers; nlp.classify does")
+    run.explain(task, module, flags)
 
 
 def _serve(words: list[str]) -> None:

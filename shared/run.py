@@ -179,14 +179,9 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     """
     import keras
 
-    from shared import export, training
+    from shared import training
 
-    base = Path(flags.saved_models) / task_name
-    versions = export.versions(base)
-    version = flags.version or max(versions, default=0)
-    if version not in versions:
-        raise FileNotFoundError(f"there is no version {version or ''} below {base}; train one first")
-    extra = versions[version] / "assets.extra"
+    version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
     changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
                "batch": 1}  # fmt: skip
@@ -204,6 +199,40 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     for metric, value in test.items():
         say("", f"{metric:<18} {value}")
     return {metric: dataclasses.asdict(value) for metric, value in test.items()}
+
+
+def _saved(task_name: str, flags: Any) -> tuple[int, Path]:
+    """Number of the version that the flags name, and the folder with what it keeps beside the graph."""
+    from shared import export
+
+    base = Path(flags.saved_models) / task_name
+    versions = export.versions(base)
+    version = flags.version or max(versions, default=0)
+    if version not in versions:
+        raise FileNotFoundError(f"there is no version {version or ''} below {base}; train one first")
+    return version, versions[version] / "assets.extra"
+
+
+def explain(task_name: str, task: ModuleType, flags: Any) -> None:
+    """Print a saved model's answer to a text, and the text in colours: green speaks for the answer, red against it."""
+    import keras
+
+    _, extra = _saved(task_name, flags)
+    names = json.loads((extra / "metrics.json").read_text())["names"]
+    label, gain, parts = task.explain(keras.saving.load_model(extra / "model.keras"), flags.text)
+    most = max(abs(value) for _, value in parts) or 1.0
+    say("label", names[label])
+    say("gain", f"{gain:+.4f} of its score comes from the text; its words' parts sum to "
+                f"{sum(value for _, value in parts):+.4f}")  # fmt: skip
+
+    def shade(word, value):
+        strength = 255 - round(200 * abs(value) / most)
+        red, green = (strength, 255) if value > 0 else (255, strength)
+        return f"\033[48;2;{red};{green};{strength}m\033[30m{word}\033[0m"
+
+    say("text", " ".join(shade(word, value) for word, value in parts))
+    for word, value in sorted(parts, key=lambda part: -abs(part[1]))[:10]:
+        say("", f"{value:+.4f}  {word}")
 
 
 def say(label: str, text: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from shared.serving.client import Client
 
 FILES = ("image", "audio")  # inputs that take the content of a file; a person gives its path
+FIRST = ("label", "text")  # what a person wants to know before the rest
 
 
 def ask(model: str, values: Mapping[str, str], *, address: str, signature: str = "serving_default") -> None:
@@ -52,7 +53,7 @@ def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.
 def describe(answer: Mapping[str, np.ndarray]) -> str:
     """An answer to one example, a line for each output; `top_labels` and `top_scores` become a list."""
     lines = []
-    for name, value in sorted(answer.items(), key=lambda item: (item[0] != "label", item[0])):
+    for name, value in sorted(answer.items(), key=lambda item: (item[0] not in FIRST, item[0])):
         if name in ("top_labels", "top_scores"):
             continue
         lines.append(f"{name:<10} {_show(value)}")
@@ -60,6 +61,12 @@ def describe(answer: Mapping[str, np.ndarray]) -> str:
         for place, (label, score) in enumerate(zip(answer["top_labels"], answer["top_scores"], strict=True), start=1):
             lines.append(f"{f'top {place}':<10} {_show(score)}  {_show(label)}")
     return "\n".join(lines)
+
+
+def shorten(answer: Mapping[str, np.ndarray], most: int = 40) -> str:
+    """The first thing that an answer says, on one line."""
+    said = " ".join(describe(answer).splitlines()[0].split())
+    return said if len(said) <= most else said[: most - 1] + "…"
 
 
 def _show(value) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from shared.serving.ask import shorten
 from shared.serving.client import Client
 from shared.serving.server import Server
 
@@ -19,7 +20,7 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
 
     Returns:
         `answers` that were compared, the `largest_difference` between numbers, the median `milliseconds` of a request
-        with one example.
+        with one example, and the first `answer` as a person reads it.
 
     Raises:
         ValueError: an output differs; says which, by how much.
@@ -40,6 +41,7 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
         "answers": len(next(iter(served.values()))),
         "largest_difference": largest,
         "milliseconds": 1000 * statistics.median(times),
+        "answer": shorten({key: value[0] for key, value in served.items()}),
     }
 
 

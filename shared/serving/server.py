@@ -5,6 +5,7 @@ Serving's status codes and messages. The other calls answer UNIMPLEMENTED.
 """
 
 import contextlib
+import importlib.util
 import logging
 import signal
 import threading
@@ -33,6 +34,17 @@ _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 log = logging.getLogger("cornucopia.serve")
 
 
+def _load(folder: Path):
+    """A SavedModel; one with operations of TensorFlow Text, which TensorFlow Serving has built in, loads them first."""
+    try:
+        return tf.saved_model.load(str(folder))
+    except (OSError, RuntimeError, tf.errors.NotFoundError) as error:
+        if "Op type not registered" not in str(error) or importlib.util.find_spec("tensorflow_text") is None:
+            raise
+        importlib.import_module("tensorflow_text")
+        return tf.saved_model.load(str(folder))
+
+
 class RefusedError(Exception):
     """A request that the protocol answers with an error status."""
 
@@ -53,12 +65,12 @@ class Model:
         if not (folder / "saved_model.pb").exists():
             raise ValueError(f"{folder} holds no saved_model.pb")
         try:
-            self._loaded = tf.saved_model.load(str(folder))
+            self._loaded = _load(folder)
             self.signatures = dict(self._loaded.signatures)
             graphs = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
             self.definitions = graphs.meta_graphs[0].signature_def
             self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
-        except (OSError, tf.errors.OpError, RefusedError) as error:
+        except (OSError, RuntimeError, tf.errors.OpError, RefusedError) as error:
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
     def _warm_up(self, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Applications that make something new: text."""

@@ -1,0 +1,525 @@
+"""Text generation: go on from a prompt, or say how probable a text is.
+
+Data      a text file, or a folder or archive of *.txt files; `tinyshakespeare`
+Model     a decoder-only transformer from scratch over characters, bytes or subwords; rotary positions, pre-norm
+Endpoint  prompt, max_tokens, temperature, top_k, top_p, seed -> text, tokens, log_probability, unknown
+          signature `score`: text -> log_probability, tokens, unknown
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from shared import data, metrics, run, training
+from shared.data import corpus, named
+from shared.metrics import language
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Config):
+    tokens: Literal["characters", "bytes", "subwords"] = "characters"  # what the network reads and writes
+    vocabulary: int = 512  # how many subwords are learned from the training text
+    context: int = 128  # how many tokens a layer looks back on, and the length of a training window
+    layers: int = 3  # blocks, each of attention and a feed-forward network
+    heads: int = 3  # of each attention
+    width: int = 96  # of the stream that the blocks add to
+    history: int = 4  # how many of the newest tokens the network's input tells of at each place
+    dropout: float = 0.0  # share of what a block adds that training drops
+    epochs: int = 3  # passes over the training text
+    batch: int = 16  # windows in a step
+    optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps
+    rate: float = 0.008  # peak learning rate; for AdamW rather 0.003
+    decay: float = 0.1  # weight decay of the matrices
+    xla: bool = True  # compile the steps: some seconds first, then a fifth faster
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
+
+
+SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16, xla=False)
+EXPECT = {"": {}, "tinyshakespeare": {"loss": 1.555}}
+NAMED = ("tinyshakespeare",)
+
+
+def load(config: Config) -> data.Splits:
+    text, about = _read(config)
+    cut = int(0.9 * len(text))  # as nanoGPT does
+    tokens = Tokens(_vocabulary(config, text, learned=text[:cut]))
+    learned, test = (_encode(tokens, part) for part in (text[:cut], text[cut:]))
+    window = config.context
+    # The beginning of what may be learned from: its end is of one piece with the test, which shares its names.
+    held = config.batch * window * max(1, round(0.03 * len(learned) / (config.batch * window)))
+    train, validation = learned[held:], learned[: held + 1]
+    count = (len(train) - window - 1) // window
+    if count < config.batch:
+        raise ValueError(
+            f"a text of {len(text):,} characters is too short for --batch={config.batch} and --context={window}; "
+            f"expected some {3 * config.batch * window:,} or more"
+        )
+    passes = max(1, 250 * config.batch // count)  # an epoch of a short text takes some
+    ids = tf.constant(train)
+
+    def read(indices, step):
+        """Windows that tile the text, all moved by a number of tokens that each step draws anew."""
+        moved = tf.random.stateless_uniform([], [config.seed, tf.cast(step, tf.int32)], 0, window, tf.int64)
+        at = (indices * window + moved)[:, None] + tf.range(window + 1, dtype=tf.int64)
+        found = tf.ensure_shape(tf.gather(ids, at), [config.batch, window + 1])
+        return found[:, :-1], found[:, 1:]
+
+    lines, known = set(text[cut:].splitlines()), set(text[:cut].splitlines())
+    run.say("audit", f"train {len(train):,}  validation {len(validation):,}  test {len(test):,} tokens, of "
+            f"{len(tokens.names):,} kinds; {sum(line in known for line in lines if len(line) > 20)} of the test's "
+            f"{sum(len(line) > 20 for line in lines):,} long lines are also in train")  # fmt: skip
+    return data.Splits(
+        stream=data.stream(count, batch=config.batch, seed=config.seed, read=read),
+        steps=passes * (count // config.batch),
+        train=_windows(train, config),
+        validation=_windows(validation, config),
+        test=_windows(test, config),
+        preprocess=tokens,
+        names=tokens.names,
+        request=_request(text[cut:]),
+        about={
+            **about,
+            "protocol": f"{about['protocol']}, {len(text) - cut:,} characters in windows of {window} tokens",
+        },
+    )  # fmt: skip
+
+
+def _read(config: Config) -> tuple[str, dict[str, str]]:
+    limits = "It writes what looks like its training text; nothing that it says is meant or checked. What it cannot "
+    limits += "read (`unknown`) it passes over."
+    if not config.data:
+        from pydoc_data.topics import topics
+
+        about = {"data": "python-reference", "protocol": "the last tenth", "licence": "PSF License Agreement",
+                 "source": "the Python language reference that ships with Python (pydoc_data.topics), its beginning",
+                 "limits": limits}  # fmt: skip
+        return "\n\n".join(topics[name] for name in sorted(topics))[:250_000], about
+    if config.data in NAMED:
+        text, _ = corpus.read(named.find(config.data)["input.txt"], on_error="fail")
+        protocol = "validation (nanoGPT's): the last tenth"
+        about = {**named.about(config.data), "protocol": protocol, "limits": limits}
+        return text, about
+    if config.data in named.DATASETS:
+        raise ValueError(f"{config.data} is no running text; expected {', '.join(NAMED)}, or the path of a text")
+    text, unreadable = corpus.read(Path(config.data), on_error=config.on_error)
+    for line in unreadable:
+        run.say("", f"left out {line}")
+    return text, {"data": config.data, "protocol": "the last tenth", "limits": limits}
+
+
+def _encode(tokens: "Tokens", text: str, chunk: int = 1 << 21) -> np.ndarray:
+    """Token ids of a long text, a chunk of its characters at a time."""
+    parts = [text[at : at + chunk].encode() for at in range(0, len(text), chunk)]
+    return np.concatenate([tokens(tf.constant([part])).values.numpy() for part in parts])
+
+
+def _windows(ids: np.ndarray, config: Config) -> tf.data.Dataset:
+    """(tokens, the tokens that come next) in windows side by side; the last one may be shorter."""
+    whole = (len(ids) - 1) // config.context * config.context
+    inputs, targets = (part.reshape(-1, config.context) for part in (ids[:whole], ids[1 : whole + 1]))
+    rest = tf.data.Dataset.from_tensors((ids[None, whole:-1], ids[None, whole + 1 :]))
+    batches = data.in_order(inputs, targets, batch=config.batch)
+    return batches if whole == len(ids) - 1 else batches.concatenate(rest)
+
+
+def _request(text: str, count: int = 8) -> dict[str, np.ndarray]:
+    """Beginnings of some lines, each to be gone on with in another way."""
+    lines = [line for line in text.splitlines() if line.strip()][:count]
+    prompts = [line[: 3 * (place + 1)] for place, line in enumerate((lines * count)[:count])]
+    return {
+        "prompt": np.array([prompt.encode() for prompt in prompts], object),
+        "max_tokens": np.arange(10, 10 + count, dtype=np.int32),
+        "temperature": np.linspace(0, 1, count, dtype=np.float32),
+        "top_k": np.array([0, 5] * (count // 2), np.int32),
+        "top_p": np.linspace(1, 0.8, count, dtype=np.float32),
+        "seed": np.arange(count, dtype=np.int64),
+    }
+
+
+def _vocabulary(config: Config, text: str, *, learned: str) -> list[bytes]:
+    if config.tokens == "bytes":
+        return [bytes([code]) for code in range(256)]
+    characters = sorted(set(text))  # of all of it, as nanoGPT does: nothing but the alphabet is taken from the test
+    more = _byte_pairs(learned, config.vocabulary - len(characters)) if config.tokens == "subwords" else []
+    return [token.encode() for token in [*characters, *more]]
+
+
+def _byte_pairs(text: str, count: int) -> list[str]:
+    """Byte-pair encoding (Sennrich et al. 2016): the most frequent pair of neighbours in words becomes a token."""
+    found = collections.Counter(re.findall(r" ?\w+|[^\w\s]+|\s+", text))
+    words, counts = [list(word) for word in found], list(found.values())
+    pairs, where = collections.Counter(), collections.defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            pairs[pair] += counts[index]
+            where[pair].add(index)
+    made = []
+    while len(made) < count and pairs:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        if "".join(best) not in made:
+            made.append("".join(best))
+        for index in where.pop(best):
+            word, merged = words[index], []
+            for pair in itertools.pairwise(word):
+                pairs[pair] -= counts[index]
+            for piece in word:
+                merged.append(piece)
+                if tuple(merged[-2:]) == best:
+                    merged[-2:] = ["".join(best)]
+            for pair in itertools.pairwise(merged):
+                pairs[pair] += counts[index]
+                where[pair].add(index)
+            words[index] = merged
+        del pairs[best]
+    return made
+
+
+class Tokens(tf.Module):
+    """Text to token ids and back, inside the graph: at each place the longest token that fits.
+
+    Characters, bytes and subwords differ only in the vocabulary. Id 0 is what no token fits, one id a byte.
+    """
+
+    def __init__(self, vocabulary: Sequence[bytes]):
+        super().__init__()
+        pieces = ["\ufffd".encode(), *vocabulary]
+        self.names = tuple(piece.decode(errors="backslashreplace") for piece in pieces)
+        self.pieces = tf.constant(pieces)
+        self.longest = max(len(piece) for piece in vocabulary)
+        # How many characters a token spells: the bytes in it that begin one.
+        self.characters = np.array([1] + [sum(code & 0xC0 != 0x80 for code in piece) for piece in vocabulary])
+        # A tree of bytes: node 0 is the root, node 1 the end of every way that leads to no token.
+        following, endings = [[1] * 257, [1] * 257], [0, 0]  # code 256 stands behind the end of a text
+        for index, piece in enumerate(vocabulary, start=1):
+            node = 0
+            for code in piece:
+                if following[node][code] == 1:
+                    following[node][code] = len(following)
+                    following.append([1] * 257)
+                    endings.append(0)
+                node = following[node][code]
+            endings[node] = index
+        self.following, self.endings = tf.constant(np.ravel(following), tf.int32), tf.constant(endings)
+
+    def __call__(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Token ids of texts [batch], as int32 [batch, (token)]."""
+        sizes = tf.strings.length(texts)
+        size = tf.maximum(tf.reduce_max(sizes), 1)
+        inside = tf.range(size) < sizes[:, None]
+        codes = tf.cast(tf.io.decode_raw(texts, tf.uint8, fixed_length=size), tf.int32)
+        codes = tf.pad(tf.where(inside, codes, 256), [[0, 0], [0, self.longest]], constant_values=256)
+        node = best = tf.zeros_like(codes[:, :size])
+        length = tf.ones_like(node)
+        for step in range(self.longest):  # from all places at once, as if a token began at each
+            node = tf.gather(self.following, 257 * node + codes[:, step : step + size])
+            found = tf.gather(self.endings, node)
+            best, length = tf.where(found > 0, found, best), tf.where(found > 0, step + 1, length)
+
+        # A token begins at place 0, and where one ends. Each round doubles how many tokens on from a place are marked.
+        behind = tf.fill([tf.size(sizes), 1], size)  # the place behind a text leads to itself
+        jump = tf.concat([tf.minimum(tf.range(size) + length, size), behind], 1)
+        starts = tf.range(tf.size(sizes))[:, None] * (size + 1)
+        jump = tf.reshape(jump + starts, [-1])
+        begins = tf.reshape(tf.zeros_like(starts) + tf.one_hot(0, size + 1, dtype=tf.int32), [-1])
+        done = tf.constant(1)
+        while done <= size:
+            begins = tf.maximum(begins, tf.math.unsorted_segment_max(begins, jump, tf.size(jump)))
+            jump, done = tf.gather(jump, jump), 2 * done
+        return tf.ragged.boolean_mask(best, (tf.reshape(begins, [-1, size + 1])[:, :size] > 0) & inside)
+
+    def text(self, ids: tf.Tensor) -> tf.Tensor:
+        """What token ids [..., token] spell, as strings [...]."""
+        return self.whole(tf.strings.reduce_join(tf.gather(self.pieces, ids), axis=-1))
+
+    def whole(self, texts: tf.Tensor) -> tf.Tensor:
+        """Valid UTF-8, even where a text ends within a character."""
+        return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
+
+
+def build(config: Config, splits: data.Splits) -> keras.Model:
+    if config.width % (2 * config.heads):
+        raise ValueError(f"--width={config.width} must be a multiple of twice --heads={config.heads}")
+    model = _connected(config, _layers(config, len(splits.names)))
+    rate = training.cosine(config, splits, rate=config.rate)
+    if config.optimizer == "muon":
+        # It orthogonalises the updates of matrices inside the network; tables, scales and logits go by Adam.
+        optimizer = keras.optimizers.Muon(
+            rate, weight_decay=config.decay, adam_weight_decay=0.0, adam_beta_2=0.98, exclude_layers=["logits"]
+        )
+    else:
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.decay, beta_2=0.98)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=config.xla)
+    return model
+
+
+def _connected(config: Config, layers: dict[str, keras.layers.Layer]) -> keras.Model:
+    """The network on whole texts: token ids [batch, time] -> logits [batch, time, token] of what comes next."""
+    token_ids = keras.Input([None], dtype="int32", name="token_ids")
+    positions = ops.cumsum(ops.ones_like(token_ids[:1, :]), axis=1) - 1  # [1, time]
+    back = positions[:, None, :, None] - positions[:, None, None, :]
+    seen = ops.logical_and(back >= 0, back < config.context)  # [1, 1, time, time]
+    recent = [token_ids] + [ops.pad(token_ids, [[0, 0], [n, 0]])[:, :-n] for n in range(1, config.history)]
+    logits = _network(config, layers, recent, positions, seen, lambda block, keys, values: (keys, values))
+    return keras.Model(token_ids, logits, name="transformer")
+
+
+def _layers(config: Config, count: int, *, dtype: str | None = None) -> dict[str, keras.layers.Layer]:
+    """Everything with weights, by name, so that training and writing with a cache use the very same."""
+    table = functools.partial(keras.layers.Embedding, output_dim=config.width, dtype=dtype)
+    dense = functools.partial(keras.layers.Dense, use_bias=False, dtype=dtype)
+    width, blocks = config.width, range(config.layers)
+    layers = [
+        table(count, embeddings_initializer="random_normal", name="token_embedding"),
+        *[table(count, embeddings_initializer="zeros", name=f"earlier_embedding_{n}")
+          for n in range(1, config.history)],
+        *[dense(3 * width, name=f"queries_keys_values_{n}") for n in blocks],
+        *[dense(width, kernel_initializer="zeros", name=f"attended_{n}") for n in blocks],
+        *[dense(4 * width, name=f"wide_{n}") for n in blocks],
+        *[dense(width, kernel_initializer="zeros", name=f"narrow_{n}") for n in blocks],
+        *[keras.layers.Dropout(config.dropout, dtype=dtype, name=f"dropout_{n}") for n in range(2 * config.layers)],
+        keras.layers.Dense(count, dtype="float32", kernel_initializer="zeros", name="logits"),
+    ]  # fmt: skip
+    return {layer.name: layer for layer in layers}
+
+
+def _network(config: Config, layers, recent, positions, seen, remember):
+    """Logits [batch, time, token].
+
+    Args:
+        recent: token ids [batch, time], and those one place back, two places back, up to `config.history` of them.
+        positions: of the tokens, [1, time].
+        seen: which keys a query may look at, [1, 1, time, key].
+        remember: block, new keys [batch, head, size, time], new values [batch, head, time, size] -> all of them.
+    """
+    size = config.width // config.heads
+    x = layers["token_embedding"](recent[0])
+    for n, before in enumerate(recent[1:], start=1):
+        x = x + layers[f"earlier_embedding_{n}"](before)
+
+    turns = np.tile(10_000.0 ** (-np.arange(size // 2, dtype=np.float32) * 2 / size), 2)
+    angles = ops.cast(positions, "float32")[:, None, :, None] * turns  # [1, 1, time, size]
+    # Unit variance before, so that this makes the products of queries and keys what division by sqrt(size) makes them.
+    cosine = ops.cast(ops.cos(angles) * size**-0.25, x.dtype)
+    sine = ops.cast(ops.sin(angles) * np.repeat([-(size**-0.25), size**-0.25], size // 2).astype(np.float32), x.dtype)
+
+    for n in range(config.layers):
+        y = layers[f"queries_keys_values_{n}"](ops.rms_normalization(x))
+        parts = ops.split(y, 3 * config.heads, axis=-1)
+        values = ops.stack(parts[2 * config.heads :], axis=1)  # [batch, head, time, size]
+        # Rotary positions (Su et al. 2021): the product of a query and a key then depends on their distance alone.
+        y = ops.rms_normalization(ops.stack(parts[: 2 * config.heads], axis=1))
+        y = y * cosine + ops.concatenate(ops.split(y, 2, axis=-1)[::-1], axis=-1) * sine
+        queries, keys = ops.split(y, 2, axis=1)
+        keys, values = remember(n, ops.swapaxes(keys, -1, -2), values)
+        shares = ops.softmax(ops.where(seen, ops.matmul(queries, keys), -1e9))  # [batch, head, time, key]
+        y = ops.concatenate(ops.unstack(ops.matmul(shares, values), axis=1), axis=-1)  # [batch, time, width]
+        x = x + layers[f"dropout_{2 * n}"](layers[f"attended_{n}"](y))
+        y = ops.square(ops.relu(layers[f"wide_{n}"](ops.rms_normalization(x))))
+        x = x + layers[f"dropout_{2 * n + 1}"](layers[f"narrow_{n}"](y))
+    return layers["logits"](ops.rms_normalization(x))
+
+
+train = training.fit
+
+
+def _as_served(config: Config, model: keras.Model) -> keras.Model:
+    """The network in float32, whatever it learned in: a token at a time, less precision is slower and no better."""
+    twin = _connected(config, _layers(config, model.output_shape[-1], dtype="float32"))
+    twin.set_weights(model.get_weights())
+    return twin
+
+
+def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
+    model = _as_served(config, model)
+
+    @tf.function(reduce_retracing=True)
+    def answer(token_ids, targets):
+        logits = model(token_ids, training=False)
+        return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits), -1)
+
+    nats, characters = [], []
+    for token_ids, targets in splits.test:
+        nats.append(answer(token_ids, targets))
+        characters.append(splits.preprocess.characters[targets.numpy()].sum(-1))
+    return {"loss": language.loss(np.concatenate(nats), np.concatenate(characters))}
+
+
+def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
+    """An interpolated 5-gram model of characters."""
+
+    def characters(batches):
+        ids = np.concatenate([targets.numpy().ravel() for _, targets in batches])
+        return np.array([ord(character) for character in splits.preprocess.text(ids).numpy().decode()])
+
+    nats = -np.log(witten_bell(characters(splits.train), characters(splits.test), order=5))
+    starts = np.arange(0, len(nats), config.context)
+    return {"loss": language.loss(np.add.reduceat(nats, starts), np.diff([*starts, len(nats)]))}
+
+
+def witten_bell(train: np.ndarray, test: np.ndarray, *, order: int) -> np.ndarray:
+    """Probability of each symbol of `test` after those before it (Witten & Bell 1991; Chen & Goodman 1998, 2.5).
+
+    P(w | h) = (c(h w) + t(h) P(w | shorter h)) / (c(h) + t(h)), where t(h) is how many kinds of symbols follow h; the
+    shortest of all is uniform. Counts are of `train`, the symbols before the first of `test` are the last of `train`.
+    """
+    kinds, symbols = np.unique(np.concatenate([train, test]), return_inverse=True)
+    learned = np.arange(len(symbols)) < len(train)
+    history = np.zeros(len(symbols), np.int64)  # a number for the symbols before each
+    shares = np.full(len(symbols), 1 / len(kinds))
+    for _ in range(order):
+        _, first, both = np.unique(history * len(kinds) + symbols, return_index=True, return_inverse=True)
+        together = np.bincount(both[learned], minlength=len(first))
+        alone = np.bincount(history[learned], minlength=history.max() + 1)[history]
+        followers = np.bincount(history[first][together > 0], minlength=history.max() + 1)[history]
+        found = (together[both] + followers * shares) / np.maximum(alone + followers, 1)
+        shares = np.where(alone > 0, found, shares)
+        history = np.concatenate([[len(first)], both[:-1]])
+    return shares[~learned]
+
+
+class Endpoint(tf.Module):
+    MOST = 4096  # tokens that one request may ask for
+
+    def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
+        super().__init__()
+        self.config, self.model, self.tokens = config, _as_served(config, model), splits.preprocess
+        self.layers = {layer.name: layer for layer in self.model.layers}
+        self.start = self.tokens(tf.constant(["\n"])).values[:1]  # every text is read as the beginning of a line
+
+    @property
+    def signatures(self):
+        return {"serving_default": self.__call__, "score": self.score}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.string, name="prompt"),
+            tf.TensorSpec([None], tf.int32, name="max_tokens"),
+            tf.TensorSpec([None], tf.float32, name="temperature"),  # 0: always the most probable token
+            tf.TensorSpec([None], tf.int32, name="top_k"),  # choose among so many only; 0: among all
+            tf.TensorSpec([None], tf.float32, name="top_p"),  # among the fewest that have this probability together
+            tf.TensorSpec([None], tf.int64, name="seed"),
+        ]
+    )
+    def __call__(self, prompt, max_tokens, temperature, top_k, top_p, seed):
+        check = tf.debugging.Assert
+        check(tf.reduce_all((max_tokens >= 0) & (max_tokens <= self.MOST)), [f"max_tokens must be 0 to {self.MOST}"])
+        check(tf.reduce_all((temperature >= 0) & (temperature < 1e6)), ["temperature must be 0 or more"])
+        check(tf.reduce_all(top_k >= 0), ["top_k must be 0, for all tokens, or more"])
+        check(tf.reduce_all((top_p > 0) & (top_p <= 1)), ["top_p must be above 0, and 1 at most"])
+        read, unknown = self._read(prompt)
+        # No layer looks further back than `context` tokens, so the last one sees nothing beyond this.
+        read = read[:, -(self.config.layers * self.config.context + self.config.history) :]
+        lengths = tf.cast(read.row_lengths(), tf.int32)
+        total = tf.maximum(tf.reduce_max(lengths + max_tokens), 1)
+        ids = tf.transpose(read.to_tensor(shape=tf.stack([-1, total])))  # [time, batch]
+        # Drawn for a row by its own seed, so that an answer does not depend on what else is in the batch.
+        draws = tf.map_fn(
+            lambda one: tf.random.stateless_uniform([self.MOST], tf.stack([one, 0])), seed,
+            fn_output_signature=tf.TensorSpec([self.MOST], tf.float32),
+        )  # fmt: skip
+
+        def body(time, ids, nats, cache):
+            logits, cache = self._step(ids, time, cache)
+            draw = tf.gather(draws, tf.clip_by_value(time + 1 - lengths, 0, self.MOST - 1), axis=1, batch_dims=1)
+            chosen = choose(logits, temperature, top_k, top_p, draw)
+            gained = tf.gather(tf.nn.log_softmax(logits), chosen, axis=1, batch_dims=1)
+            given = time + 1 < lengths
+            ids = tf.tensor_scatter_nd_update(ids, [[time + 1]], [tf.where(given, ids[time + 1], chosen)])
+            counts = ~given & (time + 1 < lengths + max_tokens)
+            return time + 1, ids, nats + tf.where(counts, gained, 0.0), cache
+
+        batch, heads, span = tf.size(lengths), self.config.heads, self.config.context
+        size = self.config.width // heads
+        shapes = [batch, heads, size, span], [batch, heads, span, size]  # of keys and of values
+        cache = [tf.zeros(shape) for shape in shapes * self.config.layers]
+        state = (tf.constant(0), ids, tf.zeros_like(temperature), cache)
+        _, ids, nats, _ = tf.while_loop(lambda time, *_: time + 1 < total, body, state)
+        at = tf.range(tf.maximum(tf.reduce_max(max_tokens), 0))  # [token]
+        places = tf.minimum(lengths[:, None] + at, total - 1)
+        written = tf.gather(tf.transpose(ids), places, axis=1, batch_dims=1)
+        tokens = tf.where(at < max_tokens[:, None], tf.gather(self.tokens.pieces, written), b"")  # [batch, token]
+        return {
+            "text": self.tokens.whole(tf.strings.reduce_join(tokens, axis=-1)),
+            "tokens": tokens,
+            "log_probability": nats / tf.maximum(tf.cast(max_tokens, tf.float32), 1),  # mean, of what was written
+            "unknown": unknown,  # bytes of the prompt that no token fits; they were passed over
+        }
+
+    def _read(self, texts):
+        """Token ids [batch, (token)] after that of a new line, and how many bytes of each text no token fits."""
+        ids = self.tokens(texts)
+        unknown = tf.reduce_sum(tf.cast(ids == 0, tf.int32), axis=1)
+        begin = tf.repeat(self.start[None], tf.size(texts), axis=0)
+        return tf.concat([begin, tf.ragged.boolean_mask(ids, ids > 0)], axis=1), unknown
+
+    def _step(self, ids, time, cache):
+        """Logits [batch, token] after ids [time, batch] up to and with a time, and the cache with its keys and values.
+
+        The cache is a ring: the newest token takes the place of the one that lies `context` back.
+        """
+        recent = [tf.where(time >= n, ids[tf.maximum(time - n, 0)], 0)[:, None] for n in range(self.config.history)]
+        slots = tf.range(self.config.context)
+        newest = slots == time % self.config.context
+        renewed = []
+
+        def remember(block, keys, values):
+            renewed.append(tf.where(newest, keys, cache[2 * block]))
+            renewed.append(tf.where(newest[:, None], values, cache[2 * block + 1]))
+            return renewed[-2:]
+
+        logits = _network(
+            self.config, self.layers, recent, time[None, None], (slots <= time)[None, None, None], remember
+        )
+        return logits[:, 0], renewed
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    def score(self, text):
+        read, unknown = self._read(text)
+        counts = tf.cast(read.row_lengths(), tf.int32) - 1
+        window = self.config.context
+        windows = tf.maximum((tf.reduce_max(counts) + window - 1) // window, 1)
+        ids = read.to_tensor(shape=tf.stack([-1, windows * window + 1]))
+        # Windows side by side, each but the first with the one before it to look back on.
+        first = self.model(ids[:, :window], training=False)
+        pairs = tf.signal.frame(ids[:, :-1], 2 * window, window)  # [batch, windows - 1, 2 * window]
+        later = self.model(tf.reshape(pairs, [-1, 2 * window]), training=False)[:, window:]
+        logits = tf.concat([first, tf.reshape(later, [tf.size(counts), (windows - 1) * window, later.shape[-1]])], 1)
+        gained = -tf.nn.sparse_softmax_cross_entropy_with_logits(ids[:, 1:], logits)
+        gained = tf.where(tf.range(windows * window) < counts[:, None], gained, 0.0)
+        total = tf.reduce_sum(gained, -1)
+        return {
+            "log_probability": total / tf.maximum(tf.cast(counts, tf.float32), 1),
+            "tokens": counts,
+            "unknown": unknown,
+        }
+
+
+def choose(logits, temperature, top_k, top_p, draw):
+    """One token id a row, by its own settings, each [batch]; `draw` is uniform in 0 to 1.
+
+    The `top_k` most probable tokens stay (0: all); of them the fewest that reach `top_p` together (nucleus sampling,
+    Holtzman et al. 2020). Temperature 0 takes the most probable. Id 0, what no token fits, is never written.
+    """
+    allowed = tf.concat([tf.fill([tf.shape(logits)[0], 1], logits.dtype.min), logits[:, 1:]], 1)
+    ranked = tf.math.top_k(allowed, k=logits.shape[-1])
+    rank = tf.range(logits.shape[-1])
+    stays = (rank < top_k[:, None]) | (top_k[:, None] == 0)
+    stays &= (rank == 0) | (temperature[:, None] > 0)
+    scaled = ranked.values / tf.maximum(temperature, 1e-6)[:, None]
+    shares = tf.nn.softmax(tf.where(stays, scaled - scaled[:, :1], -np.inf))
+    shares = tf.where(tf.cumsum(shares, axis=-1, exclusive=True) < top_p[:, None], shares, 0.0)
+    reached = tf.cumsum(shares, axis=-1)
+    place = tf.reduce_sum(tf.cast(reached <= draw[:, None] * reached[:, -1:], tf.int32), -1)
+    return tf.gather(ranked.indices, tf.minimum(place, logits.shape[-1] - 1), axis=1, batch_dims=1)

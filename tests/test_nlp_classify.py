@@ -1,0 +1,265 @@
+"""nlp.classify as a user meets it: any text, bad input, its models in other projects."""
+
+import os
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import scipy.sparse
+import tensorflow as tf
+
+from apps.nlp import classify
+
+SMALL = ("--networks=1", "--width=8", "--filters=8", "--batch=16", "--epochs=2", "--rare=1")
+WORDS = {"money": ["card", "bank", "payment", "transfer"], "food": ["soup", "bread", "apple", "dinner"]}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a table of sentences about money and food; return its path."""
+    random = np.random.default_rng(1)
+    lines = ["text,label"]
+    for number in range(60):
+        label = ("money", "food")[number % 2]
+        lines.append(f"the {random.choice(WORDS[label])} and my {random.choice(WORDS[label])} number {number},{label}")
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_table_to_served_answer(table, cornucopia, python, serving, tmp_path):
+    done = cornucopia("train", "nlp.classify", f"--data={table}", *SMALL)
+    assert "audit      train 51  validation 3  test 6  in 2 classes" in done.stdout
+    assert re.search(r"accuracy +1\.0000", done.stdout)  # money and food are easy to tell apart
+
+    with serving() as address:
+
+        def ask(text, expect=0):
+            return cornucopia("ask", "nlp.classify", f"--text={text}", f"--address={address}", expect=expect)
+
+        answer = ask("Where is my BANK card?").stdout
+        assert re.search(r"^label +money$", answer, re.MULTILINE)
+        assert re.search(r"^score +0\.\d+$", answer, re.MULTILINE)
+        assert re.search(r"top 2 +0\.\d+ +food", answer)
+        # What was never seen gets an answer; what says nothing is refused.
+        for text in ("🙂🙃", "überweisung", "soup " * 10_000, "x" * 50_000):
+            assert re.search(r"^label +(money|food)$", ask(text).stdout, re.MULTILINE), text[:20]
+        for text in ("", " \t\n"):
+            assert "the server refuses (INVALID_ARGUMENT)" in ask(text, expect=2).stderr
+            assert "text is empty" in ask(text, expect=2).stderr
+
+    # The network opens in a project that has none of the suite, and the saved version is measured on other data.
+    extra = tmp_path / "saved_models" / "nlp.classify" / "1" / "assets.extra"
+    python(
+        "import sys, keras, numpy as np\n"
+        "model = keras.saving.load_model(sys.argv[1])\n"
+        "tokens = {name: np.zeros([2, 3, 16] if name == 'letters' else [2, 3], int) for name in model.input}\n"
+        "scores = model.predict(tokens, verbose=0)\n"
+        "assert scores.shape == (2, 2) and np.isfinite(scores).all()\n",
+        str(extra / "model.keras"),
+    )
+    done = cornucopia("evaluate", "nlp.classify", f"--data={table}")
+    assert re.search(r"accuracy +1\.0000", done.stdout)
+    table.write_text(table.read_text().replace(",food", ",meals"))
+    done = cornucopia("evaluate", "nlp.classify", f"--data={table}", expect=2)
+    assert "are not the model's ['food', 'money']" in done.stderr
+
+
+def test_folds_test_every_text_once_and_a_broken_run_goes_on(table, cornucopia, tmp_path):
+    flags = ("train", "nlp.classify", f"--data={table}", *SMALL, "--folds=3", "--name=crossed")
+    done = cornucopia(*flags)
+    assert "test       mean of 3-fold cross-validation, stratified" in done.stdout
+    assert done.stdout.count("fold       ") == 2
+    assert done.stdout.count("test       part ") == 3
+    config = classify.Config(data=str(table), folds=3)
+    parts = [classify._rows(fold)["test"] for fold in classify.folds(config).configs.values()]
+    assert sorted(np.concatenate(parts)) == list(range(60))
+    again = cornucopia(*flags, "--resume")
+    shown = [re.findall(r"accuracy +\d\.\d+ .*", run.stdout)[-1] for run in (done, again)]
+    assert shown[0] == shown[1]
+    assert again.stdout.count("2 of 2 epochs are done") == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (lambda path: None, ["--data=nowhere"], "nowhere does not exist; expected a folder or an archive"),
+        (lambda path: None, ["--data=fashion-mnist"], "fashion-mnist holds no labelled texts; nlp.classify takes mr,"),
+        (lambda path: None, ["--batch=500"], "51 training examples do not fill one batch of 500: use --batch=51"),
+        (lambda path: path.write_text("text,label\na,x\n,y\n"), [], "text 2: no text"),
+        (lambda path: path.write_text("text,label\na,x\nb,x\nc,x\nd,y\n"), [], "class y has too few texts"),
+        (lambda path: None, ["--folds=40"], "class food has too few texts; have 40 or more"),
+        (lambda path: None, ["--folds=1"], "--folds=1"),
+    ],
+)
+def test_bad_input_ends_in_advice(table, cornucopia, spoil, flags, message):
+    spoil(table)
+    done = cornucopia("train", "nlp.classify", f"--data={table}", *SMALL, *flags, expect=2)
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_tokens_do_not_depend_on_the_batch():
+    strings = ["Short one", "a much longer text, with more words than the other", "Ünïcode 🙂 — café"]
+    together = classify._of_ngrams(tf.constant(strings))
+    for row, string in enumerate(strings):
+        alone = classify._of_ngrams(tf.constant([string]))
+        for name, tokens in alone.items():
+            width = tokens.shape[1]
+            np.testing.assert_array_equal(together[name][row, :width], tokens[0], err_msg=name)
+            assert not np.any(together[name][row, width:]), name
+
+
+def test_tokens_by_hand():
+    tokens = {name: value.numpy()[0] for name, value in classify._of_ngrams(tf.constant(["No, no!"])).items()}
+    words = tf.strings.to_hash_bucket_fast(["^", "no", ",", "no", "!"], 2**62).numpy() + 1
+    np.testing.assert_array_equal(tokens["words"], words)
+    # Nine different phrases of "^ no , no !" up to three words long: 4 words, 4 pairs, 3 triples.
+    phrases = ["^", "no", ",", "!", "^ no", "no ,", ", no", "no !", "^ no ,", "no , no", ", no !"]
+    expected = np.sort(tf.strings.to_hash_bucket_fast(phrases, 2**62).numpy() + 1)[::-1]
+    np.testing.assert_array_equal(tokens["phrases"][tokens["phrases"] > 0], expected)
+    np.testing.assert_array_equal(tokens["letters"][1][:3], [ord("N") % 255 + 1, ord("o") % 255 + 1, 0])
+    upper, lower = (classify._of_ngrams(tf.constant([text])) for text in ("ÄRGER", "ärger"))
+    np.testing.assert_array_equal(upper["words"], lower["words"])
+    assert not np.array_equal(upper["letters"], lower["letters"])
+
+
+def test_bytes_that_are_no_text_are_read_as_far_as_they_go():
+    tokens = classify._of_ngrams(tf.constant([b"caf\xe9 au lait", b"\xff\xfe"]))
+    assert np.count_nonzero(tokens["words"][0]) == 5  # ^ caf U+FFFD au lait
+    assert np.count_nonzero(tokens["words"][1]) == 3
+    assert classify._of_ngrams(tf.constant([], tf.string))["words"].shape[0] == 0
+
+
+def test_counts_and_log_count_ratios_by_hand():
+    grams = tf.constant([[7, 5, 0], [5, 0, 0], [7, 9, 0], [9, 0, 0]], tf.int64)
+
+    class Two:
+        train = tf.data.Dataset.from_tensors(({"phrases": grams}, tf.one_hot([0, 0, 1, 1], 2)))
+
+    known, idf, has = classify._count(classify.Config(rare=2), Two, "phrases")
+    np.testing.assert_array_equal(known, [5, 7, 9])
+    np.testing.assert_allclose(idf, [1 + np.log(5 / 3)] * 3)  # each is in two texts of four
+    np.testing.assert_array_equal(has.toarray(), [[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]])
+    # The first class has 5 twice, 7 once, 9 never; the other the reverse. With one added to each: 3, 2, 1 of 6.
+    np.testing.assert_allclose(classify.log_count_ratio(has, np.array([1, 1, 0, 0], bool)), np.log([3, 1, 1 / 3]))
+    assert list(classify._count(classify.Config(rare=3), Two, "phrases")[0]) == [5, 7, 9]  # better than none
+
+
+def test_members_are_weighed_by_how_well_they_fit():
+    random = np.random.default_rng(1)
+    labels = random.integers(3, size=400)
+    truth = np.eye(3)[labels]
+    good, noise = truth + 0.6 * random.normal(size=truth.shape), random.normal(size=truth.shape)
+    members = np.stack([np.log(np.full(truth.shape, 1 / 3)), good, noise], -1)
+    _, sense, nonsense = classify.weigh(members, labels)
+    assert sense > 2 > 0.5 > nonsense > 0
+    few = classify.weigh(members[:1], labels[:1]) / [1, 2, 2]  # one label tells little
+    assert ((few > 0.4) & (few < 2.5)).all()
+
+
+def test_linear_machines_in_the_graph_equal_scikit_learn(table):
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    config = classify.Config(data=str(table), rare=1, batch=16)
+    splits = classify.load(config)
+    model = classify.build(config, splits)
+    stacked = keras.Model(model.input, model.get_layer("together").input)
+    test = next(tokens for tokens, _ in splits.test)
+    margins = stacked(test)[..., 1].numpy()
+
+    found, _ = classify._read(config)
+    rows = classify._rows(config)
+    texts = np.array([text.lower() for text in found.texts], object)
+    phrases = CountVectorizer(analyzer=lambda text: _grams(["^", *text.split()], 3, " "), binary=True)
+    pieces = CountVectorizer(analyzer=lambda text: _grams(" ".join(["^", *text.split()]), 5, "", 2), binary=True)
+    parts = [make_pipeline(part, TfidfTransformer()) for part in (phrases, pieces)]
+    train = scipy.sparse.hstack([part.fit_transform(texts[rows["train"]]) for part in parts], "csr")
+    machine = LinearSVC(C=0.5, random_state=1).fit(train, found.labels[rows["train"]])
+    expected = machine.decision_function(
+        scipy.sparse.hstack([part.transform(texts[rows["test"]]) for part in parts], "csr")
+    )
+    np.testing.assert_allclose(margins[:, 1], expected, atol=1e-3)
+    np.testing.assert_allclose(margins[:, 0], -expected, atol=1e-3)
+
+
+def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, cornucopia, tmp_path):
+    cornucopia("train", "nlp.classify", f"--data={table}", *SMALL)
+    model = keras.saving.load_model(tmp_path / "saved_models/nlp.classify/1/assets.extra/model.keras")
+    for text in ("the bank and my Card, dinner", "soup", "soup soup bank 🙂", "nothing known here"):
+        label, gain, parts = classify.explain(model, text)
+        assert sum(value for _, value in parts) == pytest.approx(gain, abs=0.002), text
+        scores = model(classify._of_ngrams(tf.constant([text])))[0].numpy()
+        assert label == scores.argmax()
+        assert [word for word, _ in parts] == ["^", *re.findall(r"\w+|[^\w\s]", text)]
+    parts = dict(classify.explain(model, "the bank and my dinner number")[2])
+    label = classify.explain(model, "the bank and my dinner number")[0]
+    ours, others = ("bank", "dinner") if label else ("dinner", "bank")  # classes: food, money
+    assert parts[ours] > 0 > parts[others]
+    assert max(parts, key=parts.get) == ours
+
+    done = cornucopia("explain", "nlp.classify", "--text=my bank card")
+    assert "label      money" in done.stdout
+    gain, total = re.search(r"gain +(\S+) of its score .* sum to (\S+)", done.stdout).groups()
+    assert float(gain) == pytest.approx(float(total), abs=0.003)
+    assert "bank\033[0m" in done.stdout
+    done = cornucopia("explain", "vision.classify", "--text=x", expect=2)
+    assert "vision.classify does not explain its answers" in done.stderr
+
+
+def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornucopia, serving, tmp_path):
+    import keras_hub
+
+    words = [word for part in WORDS.values() for word in part] + ["the", "and", "my", "number", "##s", "1", "##2"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32, "max_sequence_length": 64}
+    folder = tmp_path / "backbone"
+    keras_hub.models.BertBackbone(vocabulary_size=len(vocabulary), **sizes).save_to_preset(folder)
+    keras_hub.tokenizers.BertTokenizer(vocabulary=vocabulary, lowercase=True).save_to_preset(folder)
+    tokens = classify._of_backbone(str(folder), 12)(tf.constant(["The CARDS, my Card", "soup"]))
+    card, cls, sep, unknown = (vocabulary.index(word) for word in ("card", "[CLS]", "[SEP]", "[UNK]"))
+    s, the, my = (vocabulary.index(word) for word in ("##s", "the", "my"))
+    np.testing.assert_array_equal(tokens["token_ids"][0], [cls, the, card, s, unknown, my, card, sep, 0, 0, 0, 0])
+    np.testing.assert_array_equal(tokens["padding_mask"][1], [1, 1, 1] + [0] * 9)
+
+    flags = (f"--data={table}", f"--backbone={folder}", "--length=32", "--batch=16", "--epochs=6", "--rate=0.01")
+    done = cornucopia("train", "nlp.classify", *flags)
+    assert re.search(r"accuracy +1\.0000", done.stdout)
+    assert "Warning" not in done.stderr
+    with serving() as address:  # in a process that has not loaded TensorFlow Text
+        answer = cornucopia("ask", "nlp.classify", "--text=dinner and soup 🙂", f"--address={address}").stdout
+        assert re.search(r"^label +food$", answer, re.MULTILINE)
+    done = cornucopia("explain", "nlp.classify", "--text=soup", expect=2)
+    assert "only networks from scratch are explained" in done.stderr
+
+
+@pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no config.json")])
+def test_a_backbone_that_is_none(tmp_path, made, message):
+    if made:
+        (tmp_path / "none").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        classify._of_backbone(str(tmp_path / "none"), 8)
+
+
+def _grams(symbols, longest, between, shortest=1):
+    sizes = range(shortest, longest + 1)
+    return [between.join(symbols[at : at + size]) for size in sizes for at in range(len(symbols) - size + 1)]
+
+
+@pytest.mark.skipif(not Path(os.environ.get("CORNUCOPIA_DATA", "/nowhere")).is_dir(), reason="no public data here")
+def test_public_data_sets_have_their_published_sizes():
+    sizes = {"mr": (10_662, 2), "sst2": (6_920 + 872 + 1_821, 2), "trec": (5_952, 6), "banking77": (13_083, 77)}
+    for name, (count, classes) in sizes.items():
+        found, about = classify._read(classify.Config(data=name))
+        assert (len(found.texts), len(found.names)) == (count, classes), name
+        assert about["published accuracy"]
+    rows = classify._rows(classify.Config(data="sst2"))
+    assert [len(rows[split]) for split in ("train", "validation", "test")] == [6_920, 872, 1_821]
+    assert len(classify._read(classify.Config(data="trec", labels="fine"))[0].names) == 50
+    configs = classify.folds(classify.Config(data="mr", folds=10)).configs.values()
+    folds = [classify._rows(config)["test"] for config in configs]
+    assert sorted(np.concatenate(folds)) == list(range(10_662))
