@@ -15,6 +15,7 @@ from shared import command
 from shared.metrics import LOWER_IS_BETTER
 
 RESULTS = Path(__file__).parent / "results"
+BEST = {("rl.ppo", "CartPole-v1"): 500.0}  # what cannot be beaten, only equalled
 
 
 def expected(task: str) -> dict[str, dict[str, float]]:
@@ -27,7 +28,10 @@ def expected(task: str) -> dict[str, dict[str, float]]:
 
 
 def shortfalls(report: dict, bars: dict[str, float]) -> list[str]:
-    """What a run did not reach: one line for each bar, and one where the baseline is not beaten."""
+    """What a run did not reach: one line for each bar, and one where the baseline is not beaten.
+
+    The best that there is may be reached by both: a return of 500 is all that CartPole-v1 gives.
+    """
     found = []
     for metric, bar in bars.items():
         value = report["test"][metric]["value"]
@@ -35,6 +39,8 @@ def shortfalls(report: dict, bars: dict[str, float]) -> list[str]:
         if worse:
             found.append(f"{metric} {value:.4f}, expected {bar}")
         baseline = report["baseline"].get(metric, {}).get("value")
+        if value == baseline == BEST.get((report["task"], report["data"])):
+            continue
         if baseline is not None and (value >= baseline if metric in LOWER_IS_BETTER else value <= baseline):
             found.append(f"{metric} {value:.4f} does not beat the baseline's {baseline:.4f}")
     return found

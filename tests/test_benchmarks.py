@@ -4,14 +4,19 @@ import json
 
 import pytest
 
-from benchmarks import quality, report
+from benchmarks import quality, report, suite
 from shared import command
 from shared.metrics import LOWER_IS_BETTER
 
 
 def result(**values):
     interval = {name: {"value": value, "low": value, "high": value} for name, value in values.items()}
-    return {"test": interval, "baseline": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}}}
+    return {
+        "task": "a.task",
+        "data": "some",
+        "test": interval,
+        "baseline": {"accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}},
+    }
 
 
 def test_shortfalls():
@@ -20,6 +25,10 @@ def test_shortfalls():
     assert quality.shortfalls(result(accuracy=0.8), {"accuracy": 0.7}) == [
         "accuracy 0.8000 does not beat the baseline's 0.8000"
     ]
+    best = {**result(**{"return": 500.0}), "task": "rl.ppo", "data": "CartPole-v1"}
+    best["baseline"] = best["test"]
+    assert quality.shortfalls(best, {"return": 475.0}) == []  # there is no more to be had
+    assert quality.shortfalls({**best, "data": "Acrobot-v1"}, {"return": 475.0}) != []
     assert "loss" in LOWER_IS_BETTER
     assert quality.shortfalls(result(loss=1.5), {"loss": 1.4}) == ["loss 1.5000, expected 1.4"]
     assert quality.shortfalls(result(loss=1.3), {"loss": 1.4}) == []
@@ -37,3 +46,19 @@ def test_table_and_readme_agree():
     assert paths
     made = report.table([json.loads(path.read_text()) for path in paths])
     assert made in (report.ROOT / "README.md").read_text(), "run make report"
+
+
+def test_table_of_the_suite():
+    found = result(accuracy=0.9) | {"headline": "accuracy", "served": {"answer": "label cat", "milliseconds": 1.234}}
+    rows = [suite.COLUMNS, suite.row(found, 61.6)]
+    assert rows[1] == ("a.task", "accuracy", "0.900 (0.900-0.900)", "0.800 (0.700-0.900)", "label cat", "1.2", "62")
+    head, line = suite.aligned(rows).splitlines()
+    assert head.index("a served answer") == line.index("label cat")
+
+
+def test_the_suite_is_every_domains_first_task():
+    makefile = (report.ROOT / "Makefile").read_text()
+    listed = next(line for line in makefile.splitlines() if line.startswith("SUITE :="))
+    tasks = listed.removeprefix("SUITE :=").split("#")[0].split()
+    assert set(tasks) <= set(command.tasks())
+    assert {task.partition(".")[0] for task in tasks} == {task.partition(".")[0] for task in command.tasks()}
