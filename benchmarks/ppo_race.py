@@ -2,9 +2,9 @@
 
 python -m benchmarks.ppo_race [--environments CartPole-v1 LunarLander-v3] [--repeats 3]
 
-The peer runs with RL Baselines3 Zoo's published settings, in an environment of its own (`.venv-peers`, made where it is
-missing), on the same Gymnasium, with as many steps. The two take turns; the medians count. The clock runs while they
-learn, ours also while XLA compiles; not while policies are tried out.
+The peer runs with RL Baselines3 Zoo's published settings, in an environment of its own (`.venv-peers`, made where it
+is missing), on the same Gymnasium, with as many steps but for what fills no round. The two take turns; the medians
+count. The clock runs while they learn, ours also while XLA compiles; not while policies are tried out.
 """
 
 import argparse

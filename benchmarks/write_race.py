@@ -3,10 +3,10 @@
 python -m benchmarks.write_race [--repeats 3]
 
 The peer is nanoGPT's network (GPT-2 with 4 layers, 4 heads, width 128, tied embeddings, no biases) and recipe (block
-64, batch 12, 2,000 iterations of AdamW with warm-up and decay) in eager and in compiled PyTorch, written anew from its
-description, in an environment of its own (`.venv-peers`). All train on the first 90 % of tinyshakespeare and are
-measured on all of the rest. `as wide and as deep` is our network at the peer's sizes, batch and number of tokens. They
-take turns; medians count. The clock runs while they learn: without validation, with compilation.
+64, batch 12, 2,000 iterations of AdamW with warm-up and decay) in eager and in compiled PyTorch, written anew from
+its description, in an environment of its own (`.venv-peers`). All train on the first 90 % of tinyshakespeare and are
+measured on all of the rest. `as wide and as deep` is our network at the peer's sizes and batch, once over the text.
+They take turns; medians count. The clock runs while they learn: without validation, with compilation.
 """
 
 import argparse

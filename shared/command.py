@@ -26,7 +26,8 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   list                    the tasks, one line each
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
   evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
-  ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
+  ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself);
+                          --address=HOST:PORT and --signature=NAME where they are not the usual ones
   explain TASK --text=T   which parts of a text a saved model's answer rests on
   serve [flags]           serve every model below saved_models over TensorFlow Serving's gRPC protocol
 
@@ -202,7 +203,9 @@ def _ask(words: list[str]) -> None:
     for word in words:
         name, equals, value = word.partition("=")
         if not (name.startswith("--") and equals):
-            _refuse(f"cornucopia ask takes --INPUT=VALUE and --address=HOST:PORT; {word} is neither")
+            _refuse(
+                f"cornucopia ask takes --INPUT=VALUE, --address=HOST:PORT and --signature=NAME; {word} is none of them"
+            )
         values[name.removeprefix("--").replace("-", "_")] = value
     address = values.pop("address", "127.0.0.1:8500")
     signature = values.pop("signature", "serving_default")

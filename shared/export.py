@@ -91,11 +91,15 @@ def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]
 def card(model: keras.Model, task: ModuleType, report: Mapping[str, Any], about: Mapping[str, str]) -> str:
     """A model card (Mitchell et al. 2019) in Markdown, from what the run measured."""
     lines = [f"# {report['task']}", "", (task.__doc__ or "").strip().split("\n")[0], "", "## Results", ""]
-    lines += [f"Protocol: {about['protocol']}. Intervals: 95 %, bootstrap over the test examples.", ""]
+    drawn = "folds" if report["folds"] else "test examples"
+    lines += [f"Protocol: {report['protocol']}. Intervals: 95 %, bootstrap over the {drawn}.", ""]
     lines += ["| metric | this model | baseline | published |", "| --- | --- | --- | --- |"]
     for metric, value in report["test"].items():
         beside = report["baseline"].get(metric)
         lines.append(f"| {metric} | {_cell(value)} | {_cell(beside)} | {about.get(f'published {metric}', '')} |")
+    if report["folds"]:
+        own = ", ".join(f"{metric} {_cell(value)}" for metric, value in report["served_model"].items())
+        lines += ["", f"These are of all folds. The model that is served here, {about['protocol']}: {own}."]
     lines += ["", "## Data", ""]
     lines += [f"* {key}: {value}" for key, value in about.items() if not key.startswith("published") and value]
     cost = report["cost"]

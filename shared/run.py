@@ -1,7 +1,8 @@
 """What every task lets you change, and the order in which every task runs.
 
 A task is a module below `apps` with the names in `CONTRACT`; `run` is the one place where their order stands. A task
-may also have `folds(config) -> Folds | None`: where there are any, what they have in common is the result.
+may also have `folds(config) -> Folds | None`: where there are any, what they have in common is the result; and
+`explain(model, text)`, which `cornucopia explain` shows.
 TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are answered at once.
 """
 
@@ -63,12 +64,13 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
         "test": {metric: dataclasses.asdict(value) for metric, value in learned.test.items()},
         "baseline": {metric: dataclasses.asdict(value) for metric, value in learned.baseline.items()},
         "folds": learned.folds,
+        "served_model": {metric: dataclasses.asdict(value) for metric, value in learned.own.items()},
         "cost": {**learned.cost, "peak_bytes": training.peak_bytes()},
     }
     settled = dataclasses.replace(config, **splits.settled)
     candidate = export.write(endpoint, settled, task_name, splits.request)
     report["served"] = serving.check(candidate, endpoint, task_name, splits.request)
-    version = export.publish(candidate, model=model, task=task, report=report, about=about)
+    version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
     say("cost", training.describe(report["cost"]))
     say("served", f"{report['served']['answers']} answers over gRPC equal the model in memory, "
@@ -98,6 +100,12 @@ class Learned:
     test: dict[str, Any]
     baseline: dict[str, Any]
     folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the served model, where `test` is of several
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What was measured of the served model itself."""
+        return self.first or self.test
 
 
 def _learn(task: ModuleType, config: Config) -> Learned:
@@ -142,7 +150,7 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
         fold = dataclasses.replace(fold, name=f"{config.name}/{name}")
         fold.folder.mkdir(exist_ok=True)
         keras.utils.set_random_seed(fold.seed)
-        found[name] = _learn(task, fold)
+        found[name] = dataclasses.replace(_learn(task, fold), model=None, splits=None)  # ten data sets are many
 
     def over(part):
         return {metric: metrics.measured(folds.statistic, np.array([getattr(one, part)[metric].value
@@ -156,6 +164,7 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
         about={**first.about, "protocol": folds.protocol},
         cost={**first.cost, "train_seconds": seconds},
         test=over("test"),
+        first=first.test,
         baseline=over("baseline"),
         folds={
             name: {
@@ -189,7 +198,7 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     splits = task.load(config)
     names = json.loads((extra / "metrics.json").read_text())["names"]
     if list(splits.names) != names:
-        raise ValueError(f"the data's classes {list(splits.names)} are not the model's {names}")
+        raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
     protocol = splits.about["protocol"]
     if splits.drawn:
         whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
@@ -233,6 +242,10 @@ def explain(task_name: str, task: ModuleType, flags: Any) -> None:
     say("text", " ".join(shade(word, value) for word, value in parts))
     for word, value in sorted(parts, key=lambda part: -abs(part[1]))[:10]:
         say("", f"{value:+.4f}  {word}")
+
+
+def _some(names: Any, most: int = 10) -> str:
+    return f"{list(names[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
 
 
 def say(label: str, text: str) -> None:

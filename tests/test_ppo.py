@@ -1,6 +1,7 @@
 """rl.ppo as a user meets it: environments of every kind, returns and advantages worked out by hand, refusals."""
 
 import dataclasses
+import json
 import re
 
 import grpc
@@ -137,6 +138,23 @@ def test_value_of_a_world_known_by_heart(counting, tmp_path):
     np.testing.assert_allclose(value, [1.75, 1.5, 1.0], atol=0.1)
 
 
+def test_an_episode_without_end_is_cut_off_at_the_limit():
+    no = tf.zeros([3, 2], tf.bool)
+    total = tf.constant([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]])
+    ended = tf.constant([[False, True], [False, False], [False, False]])
+    totals, lengths = ppo.first_episodes({"terminated": no, "truncated": ended, "total": total})
+    np.testing.assert_array_equal(totals, [3, 5])
+    np.testing.assert_array_equal(lengths, [3, 1])
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16"])
+def test_any_precision_learns(tmp_path, precision):
+    config = dataclasses.replace(SMALL, precision=precision, runs=str(tmp_path), saved_models=str(tmp_path), name="")
+    config = training.begin("rl.ppo", config)
+    splits = ppo.load(config)
+    assert ppo.train(config, ppo.build(config, splits), splits)["epochs"] == 2
+
+
 def test_interquartile_mean_by_hand():
     assert acting.interquartile_mean(np.array([1.0, 100, 2, 3, -50])) == 2  # of five the middle three
     assert acting.interquartile_mean(np.array([4.0, 1, 2, 3])) == 2.5
@@ -165,6 +183,8 @@ def test_a_policy_that_balances_is_served(cornucopia, serving, tmp_path):
                 with pytest.raises(grpc.RpcError) as refused:
                     client.predict("rl.ppo", {"observation": np.array(wrong, np.float32)})
                 assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        done = cornucopia("evaluate", "rl.ppo")
+        assert re.search(r"return +[45]\d\d\.", done.stdout)
         answer = cornucopia("ask", "rl.ppo", "--observation=0,0,0.1,0.2", f"--address={address}").stdout
         assert re.search(r"^action +1$", answer, re.MULTILINE)  # it falls to the right: push there
         assert re.search(r"^value +\d", answer, re.MULTILINE)
@@ -212,6 +232,11 @@ def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
     for want, have in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(want, have)
 
+    def past(name):  # of all epochs, also where the best was before the break
+        return json.loads((tmp_path / name / "checkpoint-3" / "state.json").read_text())["history"]
+
+    np.testing.assert_equal(past("whole"), past("broken"))  # NaN, where no episode ended, equals NaN here
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -224,5 +249,6 @@ def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_ends_in_advice(changes, message):
+    config = dataclasses.replace(SMALL, **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
-        ppo.load(dataclasses.replace(SMALL, **changes))
+        ppo.build(config, ppo.load(config))

@@ -77,6 +77,7 @@ def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucop
         assert re.search(r"^score +0\.[0-4]", answer, re.MULTILINE)
 
     done = cornucopia("evaluate", "speech.spot", f"--data={words}")
+    assert "all of it" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)
 
 

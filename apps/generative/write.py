@@ -28,7 +28,7 @@ from shared.metrics import language
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
     tokens: Literal["characters", "bytes", "subwords"] = "characters"  # what the network reads and writes
-    vocabulary: int = 512  # how many subwords are learned from the training text
+    vocabulary: int = 512  # how many subwords there are, the text's characters among them
     context: int = 128  # how many tokens a layer looks back on, and the length of a training window
     layers: int = 3  # blocks, each of attention and a feed-forward network
     heads: int = 3  # of each attention
@@ -39,7 +39,7 @@ class Config(run.Config):
     batch: int = 16  # windows in a step
     optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps
     rate: float = 0.008  # peak learning rate; for AdamW rather 0.003
-    decay: float = 0.1  # weight decay of the matrices
+    decay: float = 0.1  # weight decay; with Muon of its matrices alone
     xla: bool = True  # compile the steps: some seconds first, then a fifth faster
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 

@@ -96,6 +96,7 @@ def load(config: Config) -> data.Splits:
         names=found.names,
         request={"text": np.array([found.texts[row].encode() for row in rows["test"][:8]], object)},
         about=about,
+        drawn=bool(_parts(config)) or "test" not in found.splits,
     )
 
 
@@ -173,6 +174,10 @@ def _rows(config: Config) -> dict[str, np.ndarray]:
     if config.folds == 1 or config.folds < -1:
         raise ValueError(f"--folds={config.folds} leaves nothing to learn from; give 2 or more, or 0 for no folds")
     parts = _parts(config)
+    if not 0 <= config.fold < max(parts, 1):
+        raise ValueError(f"--fold={config.fold}: there are {parts} parts, counted from 0; see --folds")
+    if config.examples == 1:
+        raise ValueError("--examples=1 leaves nothing to validate on; give 2 or more, or 0 for all")
     found, _ = _read(config)
     names, labels, everything = found.names, found.labels, np.arange(len(found.labels))
     few = [names[index] for index, count in enumerate(np.bincount(labels)) if count < max(3, parts)]
@@ -216,6 +221,7 @@ def _of_backbone(folder: str, length: int):
         return {name: tf.cast(tokens.get(name, tf.zeros_like(tokens["token_ids"])), tf.int32)
                  for name in ("token_ids", "segment_ids", "padding_mask")}  # fmt: skip
 
+    tokenise.own = own
     return tokenise
 
 
@@ -370,7 +376,7 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
             part = summed[:, at * (count + 1) : (at + 1) * (count + 1)]
             found[at] += part[:, :count] / ops.sqrt(ops.maximum(part[:, count:], 1e-6))
     margins = [found[0] + offset.astype(np.float32), found[1] + bayes_offset.astype(np.float32)]
-    return layers.Identity(name="margins")(ops.stack(margins, -1))
+    return layers.Identity(dtype="float32", name="margins")(ops.stack(margins, -1))
 
 
 def _count(config: Config, splits: data.Splits, name: str):
@@ -411,7 +417,8 @@ def _convolutions(config: Config, splits: data.Splits) -> keras.Model:
     words = keras.Input([None], dtype="int64", name="words")
     letters = keras.Input([None, LETTERS], dtype="int32", name="letters")
     known = layers.IntegerLookup(mask_token=0, name="word")
-    known.set_vocabulary(np.unique(np.concatenate([np.unique(tokens["words"]) for tokens, _ in splits.train]))[1:])
+    kinds = np.unique(np.concatenate([np.unique(tokens["words"]) for tokens, _ in splits.train]))
+    known.set_vocabulary(kinds[kinds > 0])
     index = known(words)
     spread = keras.initializers.RandomUniform(-0.25, 0.25)
 
@@ -483,7 +490,8 @@ def folds(config: Config) -> run.Folds | None:
     if not parts:
         return None
     configs = {f"fold-{fold}": dataclasses.replace(config, fold=fold) for fold in range(parts)}
-    return run.Folds(configs, f"mean of {parts}-fold cross-validation, stratified")
+    few = f", learned from {config.examples} texts of each class" if config.examples else ""
+    return run.Folds(configs, f"mean of {parts}-fold cross-validation, stratified{few}")
 
 
 def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
@@ -581,6 +589,8 @@ class Endpoint(tf.Module):
     def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
         super().__init__()
         self.model, self.preprocess = model, splits.preprocess
+        if config.backbone:
+            self.tokenizer = _of_backbone(config.backbone, config.length).own  # some keep tables
         self.names = tf.constant(splits.names)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])

@@ -23,7 +23,7 @@ from shared.metrics import acting
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
     data: str = ""  # Gymnasium's name of an environment; empty: CartPole-v1
-    steps: int = 0  # of the environments to learn from, all together; 0: as many as in KNOWN, else 1,000,000
+    steps: int = 0  # of the environments to learn from, whole rounds of them; 0: as many as in KNOWN, else 1,000,000
     epochs: int = 10  # parts of the training; after each, the policy is tried on episodes of its own
     environments: int = 16  # side by side
     batch: int = 4096  # steps between two updates, all environments together
@@ -59,11 +59,6 @@ def load(config: Config) -> data.Splits:
         raise ValueError(
             f"--steps={config.steps or steps} are too few for {config.epochs} epochs with --batch={config.batch}"
         )
-    if config.batch % config.environments or config.batch % config.minibatches:
-        raise ValueError(
-            f"--batch={config.batch} must be a multiple of --environments={config.environments} and of "
-            f"--minibatches={config.minibatches}"
-        )
     if config.strategy == "mirrored":
         raise ValueError("rl.ppo learns on one device; leave --strategy out")
     run.say("world", f"{world.name}: {world.size} numbers observed, {world.described}, episodes of {world.limit:,} "
@@ -84,8 +79,8 @@ def load(config: Config) -> data.Splits:
         request={"observation": random.observation},
         about={
             "data": world.name,
-            "protocol": f"{TESTED} greedy episodes that begin as no other did, after {rounds * config.epochs} rounds "
-            f"of {config.batch:,} steps",
+            "protocol": f"{TESTED} greedy episodes that begin as no other did, after "
+            f"{rounds * config.epochs * config.batch:,} steps",
             "licence": "MIT (Gymnasium)",
             "source": "https://github.com/Farama-Foundation/Gymnasium",
             "citation": "Towers et al. 2024, Gymnasium: A Standard Interface for Reinforcement Learning Environments",
@@ -198,23 +193,31 @@ STEP = (tf.float32, tf.float32, tf.bool, tf.bool, tf.bool, tf.float32)  # what P
 
 def build(config: Config, splits: data.Splits) -> keras.Model:
     """Observation [batch, number] -> policy (logits, or mean and log deviation) [batch, number], value [batch]."""
+    if config.batch % config.environments or config.batch % config.minibatches:
+        raise ValueError(
+            f"--batch={config.batch} must be a multiple of --environments={config.environments} and of "
+            f"--minibatches={config.minibatches}"
+        )
     world = World.of(config)
     observation = keras.Input([world.size], name="observation")
+    dense = functools.partial(layers.Dense, dtype="float32")  # too small to gain from less, whatever the precision
     # It does not learn by itself: its two statistics are of all observations so far, and `Learner` keeps them.
-    seen = layers.BatchNormalization(center=False, scale=False, epsilon=1e-8, trainable=False, name="normal")
+    seen = layers.BatchNormalization(
+        center=False, scale=False, epsilon=1e-8, trainable=False, dtype="float32", name="normal"
+    )
     x = ops.clip(seen(observation, training=False), -10, 10)
 
     def network(x, count, gain, name):
         for _ in range(2):
-            x = layers.Dense(config.width, "tanh", kernel_initializer=keras.initializers.Orthogonal(2**0.5))(x)
-        return layers.Dense(count, kernel_initializer=keras.initializers.Orthogonal(gain), name=name)(x)
+            x = dense(config.width, "tanh", kernel_initializer=keras.initializers.Orthogonal(2**0.5))(x)
+        return dense(count, kernel_initializer=keras.initializers.Orthogonal(gain), name=name)(x)
 
     policy = network(x, world.count, 0.01, "policy")
     if not world.discrete:
-        deviation = layers.Dense(world.count, kernel_initializer="zeros", name="log_deviation")  # its bias alone
+        deviation = dense(world.count, kernel_initializer="zeros", name="log_deviation")  # its bias alone
         policy = ops.concatenate([policy, deviation(ops.zeros_like(x))], -1)
     # Rewards are learned in units of their spread; so that the value is in the environment's, it is scaled back.
-    unit = layers.Dense(1, use_bias=False, kernel_initializer="ones", trainable=False, name="unit")
+    unit = dense(1, use_bias=False, kernel_initializer="ones", trainable=False, name="unit")
     value = unit(network(x, 1, 1.0, "value"))
     model = keras.Model(observation, {"policy": policy, "value": value[:, 0]}, name="actor_critic")
     updates = config.epochs * splits.steps * config.passes * config.minibatches
@@ -434,6 +437,7 @@ def roll(network: keras.Model, play: Play, noise: tf.Tensor) -> dict[str, tf.Ten
 def first_episodes(played: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Sum of rewards and number of steps of each environment's first episode, each [environment]."""
     ended = played["terminated"] | played["truncated"]
+    ended = tf.concat([ended[:-1], tf.ones_like(ended[-1:])], 0)  # the last step ends what would go on
     last = tf.argmax(ended, 0)  # the first True
     return tf.gather(tf.transpose(played["total"]), last, batch_dims=1), last + 1
 

@@ -92,6 +92,7 @@ def load(config: Config) -> data.Splits:
         names=names,
         request={"audio": np.array(asked, object)},
         about={**about, "protocol": f"{about['protocol']}, {len(rows['test']):,} recordings"},
+        drawn=config.data != "fsdd" and "test" not in recordings.splits,
     )
 
 
@@ -347,6 +348,7 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
     answer = tf.function(lambda spectrograms: _scores(model, spectrograms))
     scores = np.concatenate([answer(spectrograms) for spectrograms, _ in splits.test])
     labels = np.concatenate([np.argmax(targets, -1) for _, targets in splits.test])
+    scores, labels = scores[labels < len(splits.names)], labels[labels < len(splits.names)]  # of words alone
     best = scores.argmax(-1)
     classification.plot_confusion(labels, best, splits.names, config.folder / "confusion_matrix.png")
     samples = round(config.seconds * config.sample_rate)

@@ -77,7 +77,7 @@ def labelled(rows: Iterable[tuple[str, str, str]], *, path: str, unreadable: Ite
 
 
 def lines(path: Path, *, encoding: str = "utf-8") -> list[str]:
-    """The lines of a text file; only a line feed ends one. ValueError where it is not in the encoding."""
+    """The lines of a text file, each without what ends it. ValueError where it is not in the encoding."""
     try:
         return path.read_text(encoding).removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -110,7 +110,7 @@ def _files(path: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Rows of a folder or archive with one sub-folder of text files a class, and what is not readable."""
     files = folders.classes(path, kind="texts", suffixes=(".txt",))
     wanted = [name for name in files if name.lower().endswith(".txt")]
-    bad = [f"{name}: no text by its ending; expected .txt" for name in files if name not in wanted]
+    bad = [f"{name}: no text by its ending; expected .txt" for name in files if not name.lower().endswith(".txt")]
     found = []
     for name, content in archives.contents(path, wanted):
         try:

@@ -13,7 +13,7 @@ def interquartile_mean(values: np.ndarray) -> float:
 
 
 def plot_seeds(folder: Path, steps: int) -> None:
-    """Draw the tried returns over environment steps of a run and of those with other seeds below it, as a PNG.
+    """Draw the tried returns over environment steps of a run and of those with other seeds below it, as `seeds.png`.
 
     Args:
         folder: of the run, with `checkpoint-N/state.json` in it and in its sub-folders `seed-N`.
@@ -21,7 +21,7 @@ def plot_seeds(folder: Path, steps: int) -> None:
     """
     from matplotlib.figure import Figure
 
-    root = folder.parent if folder.name.startswith("seed-") else folder
+    root = folder.parent if (folder.parent / "config.json").exists() else folder
     states = [*root.glob("checkpoint-*/state.json"), *sorted(root.glob("seed-*/checkpoint-*/state.json"))]
     curves = [json.loads(state.read_text())["history"]["val_return"] for state in states]
     length = max(len(curve) for curve in curves)

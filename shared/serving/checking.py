@@ -15,7 +15,7 @@ from shared.serving.server import Server
 TOLERANCE = 1e-4  # of numbers, absolute and relative: a loaded graph may be fused otherwise than the one in memory
 
 
-def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np.ndarray]) -> dict[str, float]:
+def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np.ndarray]) -> dict[str, float | str]:
     """Serve a version, ask it over gRPC, and compare with the endpoint in memory.
 
     Returns:

@@ -57,7 +57,7 @@ def fit(
         "network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {model.dtype_policy.name}"
     )
     if keeper.epoch < config.epochs and not keeper.stopped:
-        batches = splits.stream(keeper.epoch * splits.steps)
+        batches = splits.stream(keeper.steps_done)
         model.fit(
             batches if config.deterministic else clock.watch(batches),  # no clock is allowed in deterministic mode
             steps_per_epoch=splits.steps,
@@ -139,6 +139,7 @@ class _Keeper(keras.callbacks.Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
+        self._last = batch
         if not self._begun:
             self._begun = True
             say("", f"first step done {seconds_since_start():.1f} s after the command was given")
@@ -154,7 +155,7 @@ class _Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._stop_clock()
         logs = {key: float(value) for key, value in logs.items()}
-        steps = self.params["steps"]
+        steps = self._last + 1
         self.steps_done += steps
         self.epoch = epoch + 1
         for key, value in logs.items():
