@@ -38,7 +38,7 @@ class Config(run.Config):
     length: int = 128  # tokens of a text that a backbone reads
     rate: float = 0.0  # peak learning rate; 0: 0.003, with a backbone 0.0001
     smoothing: float = 0.1  # share of the target that is spread over all classes
-    rare: int = 2  # n-grams that fewer training texts have are left out
+    rare: int = 0  # n-grams that fewer training texts have are left out; 0: 1 where there are under 4,000, else 2
     networks: int = 2  # convolutional networks, alike but for their first weights
     width: int = 128  # numbers that stand for a word in a convolutional network
     filters: int = 128  # of each length of convolution
@@ -395,7 +395,7 @@ def _count(config: Config, splits: data.Splits, name: str):
         shape=(total, len(known)),
     )
     having = has.sum(0)
-    often = having >= config.rare
+    often = having >= (config.rare or (1 if total < 4_000 else 2))
     if not often.any():
         often[:] = True
     return known[often], 1 + np.log((1 + total) / (1 + having[often])), has[:, np.flatnonzero(often)]
