@@ -26,9 +26,9 @@ class Config(run.Config):
     steps: int = 0  # of the environments to learn from, whole rounds of them; 0: as many as in KNOWN, else 1,000,000
     epochs: int = 10  # parts of the training; after each, the policy is tried on episodes of its own
     environments: int = 16  # side by side
-    batch: int = 4096  # steps between two updates, all environments together
-    passes: int = 4  # over those steps at an update
-    minibatches: int = 16  # that each pass is cut into
+    batch: int = 2048  # steps between two updates, all environments together
+    passes: int = 10  # over those steps at an update
+    minibatches: int = 8  # that each pass is cut into
     width: int = 64  # of the two hidden layers of each network
     rate: float = 1e-3  # learning rate at the beginning; it falls to zero in a straight line
     discount: float = 0.999  # of the reward one step on
