@@ -49,9 +49,9 @@ class Config(run.Config):
 SMOKE = Config(epochs=1, networks=1, width=8, filters=8)
 EXPECT = {
     "": {},
-    "trec": {"accuracy": 0.9},
-    "sst2": {"accuracy": 0.8},
-    "banking77": {"accuracy": 0.91},
+    "trec": {"accuracy": 0.905},
+    "sst2": {"accuracy": 0.83},
+    "banking77": {"accuracy": 0.918},
 }
 
 NAMED = ("mr", "sst2", "trec", "banking77")

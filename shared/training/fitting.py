@@ -161,7 +161,7 @@ class _Keeper(keras.callbacks.Callback):
         for key, value in logs.items():
             self.history.setdefault(key, []).append(value)
         score = [logs.get("val_accuracy", -logs["val_loss"]), -logs["val_loss"]]  # the loss decides between equals
-        better = score > self.best
+        better = score >= self.best  # of equals the later, which has learned more
         if better:
             self.best, self.best_epoch = score, epoch
         self.stopped = epoch - self.best_epoch >= self.config.patience
