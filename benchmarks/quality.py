@@ -22,7 +22,7 @@ def expected(task: str) -> dict[str, dict[str, float]]:
     """A task's EXPECT, read without importing the task: a constant."""
     tree = ast.parse((command.APPS / task.replace(".", "/")).with_suffix(".py").read_text())
     for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "EXPECT":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXPECT":
             return ast.literal_eval(node.value)
     raise ValueError(f"{task} has no EXPECT")
 

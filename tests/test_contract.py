@@ -33,7 +33,8 @@ def test_names_and_their_order(task):
     names = []
     for node in tree.body:
         names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        names += [target.id for target in node.targets] if isinstance(node, ast.Assign) else []
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
     assert set(run.CONTRACT) <= set(names)
     steps = [name for name in names if name in ("Config", "load", "build", "train", "measure", "Endpoint")]
     assert steps == ["Config", "load", "build", "train", "measure", "Endpoint"]
@@ -55,11 +56,12 @@ def test_expectations_name_data_that_can_be_found(task):
 @pytest.fixture
 def smoke(task, cornucopia, tmp_path):
     name = task.__name__.removeprefix("apps.")
-    flags = [
-        f"--{field.name.replace('_', '-')}={getattr(task.SMOKE, field.name)}"
-        for field in dataclasses.fields(task.SMOKE)
-        if getattr(task.SMOKE, field.name) != field.default
-    ]
+    flags = []
+    for field in dataclasses.fields(task.SMOKE):
+        value, flag = getattr(task.SMOKE, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else f"--{flag}={value}")
     done = cornucopia("train", name, *flags)
     return name, done.stdout, tmp_path / "saved_models" / name / "1"
 
