@@ -246,17 +246,20 @@ def _tokenise(text: tf.Tensor) -> dict[str, tf.RaggedTensor]:
     """Texts [batch] -> hashes [batch, (any)] of words, of phrases of one to three words, of pieces of two to five
     characters; and the code points of each word's letters, [batch, (word), (letter)].
     """
-    clean = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8")  # what is no UTF-8 becomes U+FFFD
-    spaced = tf.strings.regex_replace(clean, r"([^\p{L}\p{N}\s])", r" \1 ")
-    cased = tf.strings.split(spaced)[:, :WORDS]
-    begin = tf.fill([tf.shape(text)[0], 1], "^")  # where a phrase stands at a text's beginning, it says so
-    cased = tf.concat([begin, cased], 1)
+    cased = _split(text)
     words = tf.strings.lower(cased, encoding="utf-8")
     phrases = tf.strings.ngrams(words, [1, 2, 3])
     characters = tf.strings.unicode_split(tf.strings.reduce_join(words, -1, separator=" "), "UTF-8")[:, :CHARACTERS]
     pieces = tf.strings.ngrams(characters, [2, 3, 4, 5], separator="")
     letters = tf.strings.unicode_decode(cased, "UTF-8")[:, :, :LETTERS]
     return {"words": _hash(words), "phrases": _hash(phrases), "pieces": _hash(pieces), "letters": letters}
+
+
+def _split(text: tf.Tensor) -> tf.RaggedTensor:
+    """Words and signs of texts [batch], after a mark: where a phrase stands at a text's beginning, it says so."""
+    clean = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8")  # what is no UTF-8 becomes U+FFFD
+    spaced = tf.strings.regex_replace(clean, r"([^\p{L}\p{N}\s])", r" \1 ")
+    return tf.concat([tf.fill([tf.shape(text)[0], 1], "^"), tf.strings.split(spaced)[:, :WORDS]], 1)
 
 
 def _hash(strings: tf.RaggedTensor) -> tf.RaggedTensor:
@@ -565,8 +568,7 @@ def explain(model: keras.Model, text: str, *, steps: int = 100) -> tuple[int, fl
 
 def _spans(text: str) -> tuple[list[str], dict[str, dict[int, list[int]]]]:
     """A text's words, and which of them each n-gram touches, by its number; one that comes twice touches them all."""
-    spaced = tf.strings.regex_replace([text], r"([^\p{L}\p{N}\s])", r" \1 ")
-    words = ["^", *[word.decode() for word in tf.strings.split(spaced)[0, :WORDS].numpy()]]
+    words = [word.decode() for word in _split(tf.constant([text]))[0].numpy()]
     lower = [word.decode() for word in tf.strings.lower(words, encoding="utf-8").numpy()]
     letters = [(letter, at) for at, word in enumerate(lower) for letter in (" " if at else "") + word][:CHARACTERS]
     grams = {
