@@ -45,7 +45,8 @@ class Config:
 
 def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     """Take one task from raw data to a served answer; return what `metrics.json` holds."""
-    from shared import export, serving, training
+    from shared import export, training
+    from shared.serving import checking
 
     config = training.begin(task_name, config)  # run folder, seed, precision
     learned = _learn(task, config)
@@ -69,7 +70,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     }
     settled = dataclasses.replace(config, **splits.settled)
     candidate = export.write(endpoint, settled, task_name, splits.request)
-    report["served"] = serving.check(candidate, endpoint, task_name, splits.request)
+    report["served"] = checking.check(candidate, endpoint, task_name, splits.request)
     version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
     say("cost", training.describe(report["cost"]))

@@ -1,5 +1,4 @@
-"""TensorFlow Serving's protocol: a server for SavedModels, a client, and the check that ends every run."""
+"""TensorFlow Serving's protocol: a server for SavedModels, a client, and the check that ends every run.
 
-from shared.serving.checking import check
-
-__all__ = ["check"]
+Nothing is imported here: `client` and what it needs load without TensorFlow.
+"""

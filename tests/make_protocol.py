@@ -1,0 +1,71 @@
+"""Make shared/serving/protocol.binpb anew: `python tests/make_protocol.py`, after an update of tensorflow-serving-api.
+
+The messages and services come from the official stubs. Three small ones that the stubs lack are declared below as
+tensorflow_serving/config/{monitoring,ssl}_config.proto and servables/tensorflow/session_bundle_config.proto have them.
+"""
+
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2, wrappers_pb2  # noqa: F401, wrappers is a dependency of what is built
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import model_service_pb2, prediction_log_pb2, prediction_service_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+TARGET = Path(__file__).parent.parent / "shared" / "serving" / "protocol.binpb"
+FIELDS = {
+    "PrometheusConfig": [("enable", 1, "bool"), ("path", 2, "string")],
+    "MonitoringConfig": [("prometheus_config", 1, ".tensorflow.serving.PrometheusConfig")],
+    "SSLConfig": [
+        ("server_key", 1, "string"), ("server_cert", 2, "string"), ("custom_ca", 3, "string"),
+        ("client_verify", 4, "bool"),
+    ],
+    "BatchingParameters": [
+        ("max_batch_size", 1, ".google.protobuf.Int64Value"), ("batch_timeout_micros", 2, ".google.protobuf.Int64Value"),
+        ("max_enqueued_batches", 3, ".google.protobuf.Int64Value"),
+        ("num_batch_threads", 4, ".google.protobuf.Int64Value"), ("thread_pool_name", 5, ".google.protobuf.StringValue"),
+        ("enable_large_batch_splitting", 8, ".google.protobuf.BoolValue"),
+        ("max_execution_batch_size", 9, ".google.protobuf.Int64Value"), ("allowed_batch_sizes", 6, "int64*"),
+        ("pad_variable_length_inputs", 7, "bool"),
+    ],
+}  # fmt: skip
+
+
+def built() -> descriptor_pb2.FileDescriptorSet:
+    """Every file that the protocol needs, each after those that it depends on."""
+    files, seen = [], set()
+
+    def add(descriptor):
+        if descriptor.name not in seen:
+            seen.add(descriptor.name)
+            for needed in descriptor.dependencies:
+                add(needed)
+            files.append(descriptor_pb2.FileDescriptorProto.FromString(descriptor.serialized_pb))
+
+    for module in (prediction_service_pb2, model_service_pb2, prediction_log_pb2, model_server_config_pb2,
+                   saved_model_pb2):  # fmt: skip
+        add(module.DESCRIPTOR)
+    return descriptor_pb2.FileDescriptorSet(file=[*files, _missing()])
+
+
+def _missing() -> descriptor_pb2.FileDescriptorProto:
+    kind = descriptor_pb2.FieldDescriptorProto
+    plain = {"bool": kind.TYPE_BOOL, "string": kind.TYPE_STRING, "int64": kind.TYPE_INT64}
+    file = descriptor_pb2.FileDescriptorProto(
+        name="cornucopia/missing_from_the_stubs.proto", package="tensorflow.serving", syntax="proto3",
+        dependency=["google/protobuf/wrappers.proto"],
+    )  # fmt: skip
+    for name, fields in FIELDS.items():
+        message = file.message_type.add(name=name)
+        for field, number, wanted in fields:
+            label = kind.LABEL_REPEATED if wanted.endswith("*") else kind.LABEL_OPTIONAL
+            wanted = wanted.removesuffix("*")
+            added = message.field.add(name=field, number=number, label=label)
+            if wanted in plain:
+                added.type = plain[wanted]
+            else:
+                added.type, added.type_name = kind.TYPE_MESSAGE, wanted
+    return file
+
+
+if __name__ == "__main__":
+    TARGET.write_bytes(built().SerializeToString(deterministic=True))
