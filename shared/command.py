@@ -35,15 +35,6 @@ cornucopia COMMAND [TASK] --help tells the flags."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Serve:
-    """Serve the newest version of every model over TensorFlow Serving's gRPC protocol."""
-
-    models: str = "saved_models"  # folder with a folder NAME/VERSION for each model
-    port: int = 8500  # for gRPC
-    host: str = "127.0.0.1"  # address to listen at; 0.0.0.0 lets other machines in
-
-
-@dataclasses.dataclass(frozen=True)
 class Explain:
     """Show which parts of a text a saved model's answer rests on."""
 
@@ -189,11 +180,17 @@ def _explain(words: list[str]) -> None:
 
 
 def _serve(words: list[str]) -> None:
-    flags = tyro.cli(Serve, args=words, prog="cornucopia serve")
+    from shared.serving import flags
+
+    flags.parse(words)  # a wrong flag is answered before TensorFlow is loaded
     _load_tensorflow()
     from shared.serving import server
 
-    server.serve(Path(flags.models), host=flags.host, port=flags.port)
+    try:
+        code = server.serve(words)
+    except (ValueError, OSError) as error:
+        _refuse(str(error), code=255)  # as tensorflow_model_server
+    raise SystemExit(code)
 
 
 def _ask(words: list[str]) -> None:

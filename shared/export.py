@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +32,9 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
     candidate.chmod(0o755)  # a server may run as another user
     try:
         # An endpoint that answers more than one kind of request names them all: signature -> function.
-        signatures = getattr(endpoint, "signatures", endpoint.__call__)
-        tf.saved_model.save(endpoint, str(candidate), signatures=signatures)
+        signatures = getattr(endpoint, "signatures", {"serving_default": endpoint.__call__})
+        concrete = {name: function.get_concrete_function() for name, function in signatures.items()}
+        tf.saved_model.save(_state(endpoint, concrete.values()), str(candidate), signatures=concrete)
         extra = candidate / "assets.extra"
         extra.mkdir()
         _write_warm_up(extra / "tf_serving_warmup_requests", task_name, request)
@@ -75,16 +76,31 @@ def versions(base: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]) -> None:
-    from tensorflow_serving.apis import prediction_log_pb2
+def _state(endpoint: tf.Module, functions: Iterable[tf.types.experimental.ConcreteFunction]) -> tf.Module:
+    """What an endpoint's functions use: TensorFlow's variables and tables, and nothing of Keras's.
 
+    A Keras variable saved as such becomes two in the graph, of which TensorFlow Serving restores the one that the
+    functions do not read (Keras 3.15, `_export_to_saved_model_graph`). Nor does a server need an optimizer's state.
+    """
+    parts = tf.train.TrackableView(endpoint).descendants()
+    parts = [part.value if isinstance(part, keras.Variable) else part for part in parts]
+    used = {id(variable) for function in functions for variable in function.graph.variables}
+    state = tf.Module()
+    state.variables_used = [part for part in parts if id(part) in used]
+    state.resources = [part for part in parts if isinstance(part, tf.saved_model.experimental.TrackableResource)]
+    return state
+
+
+def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]) -> None:
     from shared.serving import client
+    from shared.serving.protocol import PredictionLog
 
     count = len(next(iter(request.values())))
     with tf.io.TFRecordWriter(str(path)) as writer:
         for rows in (1, count):
             message = client.request(task_name, {name: value[:rows] for name, value in request.items()})
-            log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=message))
+            log = PredictionLog()
+            log.predict_log.request.CopyFrom(message)
             writer.write(log.SerializeToString())
 
 

@@ -1,6 +1,7 @@
 """The check that ends every run: does the served answer equal the model in memory?"""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from shared.serving.ask import shorten
 from shared.serving.client import Client
+from shared.serving.flags import Flags
 from shared.serving.server import Server
 
 TOLERANCE = 1e-4  # of numbers, absolute and relative: a loaded graph may be fused otherwise than the one in memory
@@ -29,7 +31,9 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
         key: value.numpy() for key, value in endpoint(**{k: tf.constant(v) for k, v in request.items()}).items()
     }
     one = {key: value[:1] for key, value in request.items()}
-    with Server({name: folder}) as server, Client(server.address) as client:
+    with tempfile.TemporaryDirectory() as tree, _serving(Path(tree), name, folder) as server, Client(
+        server.address
+    ) as client:
         served = client.predict(name, request)
         times = []
         for _ in range(20):
@@ -43,6 +47,13 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
         "milliseconds": 1000 * statistics.median(times),
         "answer": shorten({key: value[0] for key, value in served.items()}),
     }
+
+
+def _serving(tree: Path, name: str, folder: Path) -> Server:
+    """A server of a candidate, as the first version of its model."""
+    (tree / name).mkdir()
+    (tree / name / "1").symlink_to(folder.absolute())
+    return Server(Flags(models=str(tree), port=-1, max_num_load_retries=0))
 
 
 def compare(expected: Mapping[str, np.ndarray], served: Mapping[str, np.ndarray]) -> float:

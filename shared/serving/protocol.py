@@ -65,3 +65,8 @@ def type_name(number: int) -> str:
     """A data type as TensorFlow writes it in its errors: 1 is `float`, 7 is `string`."""
     value = _DATA_TYPES.values_by_number.get(number)
     return value.name.removeprefix("DT_").lower() if value else f"unknown ({number})"
+
+
+def add(serialized_file: bytes) -> None:
+    """Make another file of descriptors known, which reflection then tells about."""
+    pool.AddSerializedFile(serialized_file)

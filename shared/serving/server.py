@@ -1,176 +1,120 @@
-"""A gRPC server for SavedModels that speaks TensorFlow Serving's protocol.
+"""A server for SavedModels that speaks TensorFlow Serving's protocols: gRPC and REST, one process, no Docker."""
 
-Of `PredictionService` it answers Predict and GetModelMetadata, of `ModelService` GetModelStatus, with TensorFlow
-Serving's status codes and messages. The other calls answer UNIMPLEMENTED.
-"""
-
-import contextlib
-import importlib.util
+import dataclasses
+import json
 import logging
 import signal
+import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import grpc
-import tensorflow as tf
-from tensorflow.core.framework import types_pb2
-from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    model_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
+from google.protobuf import text_format
 
-from shared import export
-from shared.serving import tensors
+from shared.serving import batching, protocol
+from shared.serving.core import Core
+from shared.serving.flags import RELOADABLE, Flags, parse, processors
+from shared.serving.gate import Gate, Recorder
+from shared.serving.grpc_transport import Grpc
+from shared.serving.inference import Inference, Stages
+from shared.serving.models import Models
+from shared.serving.refusal import RefusedError
+from shared.serving.rest import Rest
+from shared.serving.servable import DEFAULT, Servable
+from shared.serving.watching import Metrics
 
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
-              ("grpc.so_reuseport", 0)]  # fmt: skip
+METRICS = "/monitoring/prometheus/metrics"
+SWITCH_SECONDS = 0.0005  # a thread that computes in Python gives way to one that answers so soon
 log = logging.getLogger("cornucopia.serve")
 
 
-def _load(folder: Path):
-    """A SavedModel; one with operations of TensorFlow Text, which TensorFlow Serving has built in, loads them first."""
-    try:
-        return tf.saved_model.load(str(folder))
-    except (OSError, RuntimeError, tf.errors.NotFoundError) as error:
-        if "Op type not registered" not in str(error) or importlib.util.find_spec("tensorflow_text") is None:
-            raise
-        importlib.import_module("tensorflow_text")
-        return tf.saved_model.load(str(folder))
+class Server:
+    """Serves what the flags say; a context manager that stops it.
 
-
-class RefusedError(Exception):
-    """A request that the protocol answers with an error status."""
-
-    def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-class Model:
-    """One version of a model, loaded, with its warm-up requests run."""
-
-    def __init__(self, folder: Path):
-        """Load a version.
-
-        Raises:
-            ValueError: the folder holds no SavedModel that can be loaded, or its warm-up fails; says why.
-        """
-        if not (folder / "saved_model.pb").exists():
-            raise ValueError(f"{folder} holds no saved_model.pb")
-        try:
-            self._loaded = _load(folder)
-            self.signatures = dict(self._loaded.signatures)
-            graphs = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
-            self.definitions = graphs.meta_graphs[0].signature_def
-            self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
-        except (OSError, RuntimeError, tf.errors.OpError, RefusedError) as error:
-            raise ValueError(f"{folder} cannot be loaded: {error}") from error
-
-    def _warm_up(self, path: Path) -> None:
-        from tensorflow_serving.apis import prediction_log_pb2
-
-        if path.exists():
-            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                message = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
-                self.predict(message)
-
-    def predict(self, message: predict_pb2.PredictRequest) -> tuple[str, dict[str, tf.Tensor]]:
-        """Run one request; return the signature that ran and the outputs that were asked for."""
-        key = message.model_spec.signature_name or "serving_default"
-        if key not in self.signatures:
-            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{key}" not found.')
-        signature, definition = self.signatures[key], self.definitions[key]
-        self._check_names(message, definition)
-        arguments = {}
-        for name, proto in message.inputs.items():
-            expected = tf.dtypes.as_dtype(definition.inputs[name].dtype)
-            try:
-                array = tensors.from_proto(proto)
-            except ValueError as error:
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"tensor parsing error: {name}") from error
-            if proto.dtype != expected.as_datatype_enum:
-                index, wanted = sorted(definition.inputs).index(name), _name(expected.as_datatype_enum)
-                text = f"Expects arg[{index}] to be {wanted} but {_name(proto.dtype)} is provided"
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
-            arguments[name] = tf.constant(array, dtype=expected)
-        try:
-            outputs = signature(**arguments)
-        except tf.errors.OpError as error:
-            code = getattr(grpc.StatusCode, _CODES.get(error.error_code, "UNKNOWN"))
-            raise RefusedError(code, error.message) from error
-        except (TypeError, ValueError) as error:
-            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
-        wanted = list(message.output_filter) or list(outputs)
-        return key, {name: outputs[name] for name in wanted}
-
-    @staticmethod
-    def _check_names(message: predict_pb2.PredictRequest, definition) -> None:
-        sent, known, wanted = set(message.inputs), set(definition.inputs), list(message.output_filter)
-        refuse = None
-        if len(sent) != len(known):
-            refuse = (
-                f"input size does not match signature: {len(sent)}!={len(known)} len({{{','.join(sorted(sent))}}}) != "
-                f"len({{{','.join(sorted(known))}}}). Sent extra: {{{','.join(sorted(sent - known))}}}. "
-                f"Missing but required: {{{','.join(sorted(known - sent))}}}."
-            )
-        elif sent != known:
-            absent = min(known - sent)
-            feed = definition.inputs[absent].name
-            refuse = (f"Signature input alias: {absent}(feed name: {feed}) not found in request and no default value "
-                      f"provided. Inputs expected to be in the set {{{','.join(sorted(known))}}}.")  # fmt: skip
-        for position, name in enumerate(wanted):
-            if name not in definition.outputs:
-                outputs = ",".join(sorted(definition.outputs))
-                refuse = (f"output tensor alias not found in signature: {name} "
-                          f"Outputs expected to be in the set {{{outputs}}}.")  # fmt: skip
-            elif name in wanted[:position]:
-                refuse = f"duplicate output tensor alias: {name}"
-        if refuse:
-            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, refuse)
-
-
-def _name(dtype: int) -> str:
-    return types_pb2.DataType.Name(dtype).removeprefix("DT_").lower()
-
-
-_CODES = {code: name for name, code in vars(tf.errors).items() if isinstance(code, int)}
-
-
-class Server(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
-    """Serves one version each of some models; a context manager that stops what it started.
-
-    `models` is name -> folder of a version, whose number is the folder's name; `port` 0 takes a free one.
+    All models are loaded before a port opens: an open port means ready. Port 0 in a flag opens none; -1 a free one.
     """
 
-    def __init__(self, models: Mapping[str, Path], *, host: str = "127.0.0.1", port: int = 0):
-        """Load all models, then open the port: an open port means ready.
+    def __init__(self, flags: Flags):
+        """Load and open.
 
         Raises:
-            ValueError: a model cannot be loaded.
-            OSError: the port is taken.
+            ValueError: a model cannot be loaded, or a file that a flag names is wrong.
+            OSError: a port is taken.
         """
-        self._models: dict[tuple[str, int], Model] = {}
-        for name, folder in models.items():
-            number = int(folder.name) if folder.name.isdecimal() else 0
-            self._models[name, number] = Model(folder)
-            log.info("loaded %s version %d", name, number)
-        self._grpc = grpc.server(ThreadPoolExecutor(4), options=_UNLIMITED)
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(self, self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._grpc)
+        self.flags = flags
+        self._rules = batching.rules(_read(flags.batching_parameters_file, protocol.BatchingParameters),
+                                     threads=processors()) if flags.enable_batching else None  # fmt: skip
+        self._metrics, self._rest, self._grpc = Metrics(), None, None
+        self._config_text = None
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self._stopped, self.core = False, None
         try:
-            self.port = self._grpc.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise OSError(
-                f"port {port} of {host} cannot be had: something else listens there; choose another"
-            ) from error
-        self.address = f"{host}:{self.port}"
+            self._models = Models(
+                self._config(flags),
+                self._load,
+                poll=flags.file_system_poll_wait_seconds,
+                retries=flags.max_num_load_retries,
+                retry_seconds=flags.load_retry_interval_micros / 1e6,
+                threads=flags.num_load_threads,
+                labels_before_versions=flags.allow_version_labels_for_unavailable_models,
+            )
+        except RefusedError as error:
+            raise ValueError(f"Failed to start server. Error: {error}") from error
+        self._stopping = threading.Event()
+        try:
+            if flags.file_system_poll_wait_seconds < 0:
+                self._models.refresh()
+            self._wait()
+            self.core = Core(
+                models=self._models,
+                inference=Inference(self._models, check_methods=flags.enable_signature_method_name_check),
+                metrics=self._metrics,
+                gate=Gate(**_gate(flags)),
+                recorder=Recorder(flags.request_log, flags.request_log_rate) if flags.request_log else None,
+                access=_access if flags.access_log else None,
+                as_content=flags.enable_serialization_as_tensor_content,
+            )
+            self._open()
+        except BaseException:
+            self.stop(0)
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="config", daemon=True)
+        self._watcher.start()
+
+    def _wait(self) -> None:
+        try:
+            self._models.wait()
+        except RefusedError as error:
+            raise ValueError(f"Failed to start server. Error: {error}") from error
+
+    def _open(self) -> None:
+        flags, core = self.flags, self.core
+        options = {key: int(value) if value.lstrip("-").isdecimal() else value for key, _, value in
+                   (pair.partition("=") for pair in flags.grpc_channel_arguments.split(",") if pair)}  # fmt: skip
+        threads = flags.grpc_max_threads or (64 if flags.enable_batching else 4 * processors())
+        self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1)
+        credentials = _credentials(flags.ssl_config_file)
+        if flags.port:
+            self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", credentials)
+            self.address = f"{flags.host}:{self.port}"
+        if flags.grpc_socket_path:
+            self._grpc.bind(f"unix:{flags.grpc_socket_path}")
+        if flags.rest_api_port:
+            monitoring = _read(flags.monitoring_config_file, protocol.MonitoringConfig).prometheus_config
+            wanted = monitoring.enable or not flags.monitoring_config_file
+            self._rest = Rest(
+                core,
+                host=flags.host,
+                port=max(flags.rest_api_port, 0),
+                threads=flags.rest_api_num_threads or 4 * processors(),
+                seconds=flags.rest_api_timeout_in_ms / 1000,
+                cors=flags.rest_api_enable_cors_support,
+                largest=flags.max_request_bytes,
+                metrics_path=(monitoring.path or METRICS) if wanted else "",
+                patience=flags.client_header_timeout_seconds,
+            )
+            self.rest_address = f"{flags.host}:{self._rest.port}"
         self._grpc.start()
 
     def __enter__(self):
@@ -180,109 +124,230 @@ class Server(prediction_service_pb2_grpc.PredictionServiceServicer, model_servic
         self.stop()
 
     def stop(self, grace: float = 10.0) -> None:
-        """Take no new requests, let those in flight finish within `grace` seconds, close the port."""
-        self._grpc.stop(grace).wait()
+        """Take no new requests, let those in flight finish within `grace` seconds, close the ports."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._stopping.set()
+        ended = self._grpc.stop(grace) if self._grpc else None
+        if self._rest:
+            self._rest.stop(grace)
+        if ended:
+            ended.wait()
+        self._models.stop()
+        if self.core and self.core.recorder:
+            self.core.recorder.close()
 
-    def _find(self, spec: model_pb2.ModelSpec) -> tuple[int, Model]:
-        if not spec.name:
-            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified.")
-        if spec.version_label:
-            message = f"Unrecognized servable version label: {spec.version_label}"
-            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message)
-        if spec.HasField("version"):
-            number, text = spec.version.value, f"Specific({spec.name}, {spec.version.value})"
+    def _load(self, name: str, number: int, folder: Path) -> Servable:
+        """A version, loaded and warmed up."""
+        flags = self.flags
+        both = flags.tensorflow_session_parallelism
+        threads = (both or flags.tensorflow_intra_op_parallelism, both or flags.tensorflow_inter_op_parallelism)
+        servable = Servable(name, number, folder, tags=flags.saved_model_tags.split(","), threads=threads)
+        rules = self._rules
+        own = folder / "batching_params.pbtxt"
+        if flags.enable_batching and flags.enable_per_model_batching_parameters and own.exists():
+            rules = batching.rules(_read(str(own), protocol.BatchingParameters), threads=processors())
+        if rules is not None:
+            servable.batching = batching.Batching(rules)
+        if flags.enable_model_warmup:
+            begun = time.perf_counter()
+            if self._warm_up(servable):
+                self._metrics.warm_up(name, time.perf_counter() - begun)
+        return servable
+
+    def _warm_up(self, servable: Servable) -> int:
+        """Run a version's recorded requests; return how many. ValueError where one fails: the version is bad."""
+        from shared.serving import tensors
+
+        inference, logs = Inference(None), servable.warm_ups()
+        for position, record in enumerate(logs):
+            kind = record.WhichOneof("log_type")
+            try:
+                for _ in range(max(1, self.flags.num_request_iterations_for_warmup)):
+                    if kind == "predict_log":
+                        request = record.predict_log.request
+                        inputs = {alias: tensors.from_proto(proto) for alias, proto in request.inputs.items()}
+                        key = request.model_spec.signature_name or DEFAULT
+                        inference.predict(servable, key, inputs, request.output_filter, Stages("Warmup"))
+                    elif kind == "classify_log":
+                        inference.classify(servable, record.classify_log.request, Stages("Warmup"))
+                    elif kind == "regress_log":
+                        inference.regress(servable, record.regress_log.request, Stages("Warmup"))
+                    elif kind == "multi_inference_log":
+                        inference.infer(servable, record.multi_inference_log.request, Stages("Warmup"))
+                    else:
+                        raise ValueError(f"Unsupported log_type for warmup: {kind}")
+            except (RefusedError, ValueError) as error:
+                text = f"{servable.folder} cannot be loaded: warm-up request {position} fails: {error}"
+                raise ValueError(text) from error
+        return len(logs)
+
+    # What changes while the server runs.
+
+    def _config(self, flags: Flags) -> protocol.ModelServerConfig:
+        if flags.model_config_file:
+            text = _text(flags.model_config_file)
+            self._config_text = text
+            return _parse(text, protocol.ModelServerConfig, flags.model_config_file)
+        config = protocol.ModelServerConfig()
+        if flags.model_base_path:
+            found = {flags.model_name: Path(flags.model_base_path)}
         else:
-            number = max((number for name, number in self._models if name == spec.name), default=-1)
-            text = f"Latest({spec.name})"
-        if (spec.name, number) not in self._models:
-            raise RefusedError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {text}")
-        return number, self._models[spec.name, number]
+            found = tree(Path(flags.models or "saved_models"))
+        for name, base in found.items():
+            path = str(base.absolute())
+            config.model_config_list.config.add(name=name, base_path=path, model_platform="tensorflow")
+        return config
 
-    def Predict(self, request, context):  # noqa: N802, the protocol's name
-        reply = predict_pb2.PredictResponse()
-        with _refusing(context):
-            if not request.HasField("model_spec"):
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-            number, model = self._find(request.model_spec)
-            key, outputs = model.predict(request)
-            reply.model_spec.name, reply.model_spec.signature_name = request.model_spec.name, key
-            reply.model_spec.version.value = number
-            for name, value in outputs.items():
-                reply.outputs[name].CopyFrom(tensors.to_proto(value.numpy()))
-        return reply
+    def _watch(self) -> None:
+        """Follow the configuration file, or the tree of models, where it changes."""
+        flags = self.flags
+        if flags.model_config_file:
+            wait = float(flags.model_config_file_poll_wait_seconds)
+        else:
+            wait = flags.file_system_poll_wait_seconds if flags.models else 0.0
+        known = self._config_text or ""
+        while wait > 0 and not self._stopping.wait(wait):
+            try:
+                if flags.model_config_file:
+                    if (text := _text(flags.model_config_file)) == known:
+                        continue
+                    known = text
+                config = self._config(flags)
+                if not flags.model_config_file:
+                    if (text := str(config)) == known:
+                        continue
+                    known = text
+                self.reconfigure(config)
+            except (ValueError, OSError) as error:
+                log.error("the new configuration is not taken: %s", error)
 
-    def GetModelMetadata(self, request, context):  # noqa: N802, the protocol's name
-        reply = get_model_metadata_pb2.GetModelMetadataResponse()
-        with _refusing(context):
-            if not request.HasField("model_spec"):
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-            if not request.metadata_field:
-                message = "GetModelMetadataRequest must specify at least one metadata_field"
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message)
-            for field in request.metadata_field:
-                if field != "signature_def":
-                    raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"Metadata field {field} is not supported")
-            number, model = self._find(request.model_spec)
-            reply.model_spec.name = request.model_spec.name
-            reply.model_spec.version.value = number
-            found = get_model_metadata_pb2.SignatureDefMap(signature_def=model.definitions)
-            reply.metadata["signature_def"].Pack(found)
-        return reply
+    def reconfigure(self, config: protocol.ModelServerConfig) -> None:
+        """Serve what a new configuration says; ValueError where it is wrong, and then nothing changes."""
+        try:
+            self._models.configure(config)
+        except RefusedError as error:
+            raise ValueError(str(error)) from error
 
-    def GetModelStatus(self, request, context):  # noqa: N802, the protocol's name
-        reply = get_model_status_pb2.GetModelStatusResponse()
-        with _refusing(context):
-            spec = request.model_spec
-            if not spec.name:
-                raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-            numbers = sorted((number for name, number in self._models if name == spec.name), reverse=True)
-            if not numbers:
-                message = f"Could not find any versions of model {spec.name}"
-                raise RefusedError(grpc.StatusCode.NOT_FOUND, message)
-            if spec.HasField("version"):
-                numbers = [number for number in numbers if number == spec.version.value]
-                if not numbers:
-                    message = f"Could not find version {spec.version.value} of model {spec.name}"
-                    raise RefusedError(grpc.StatusCode.NOT_FOUND, message)
-            for number in numbers:
-                version = reply.model_version_status.add(version=number)
-                version.state = get_model_status_pb2.ModelVersionStatus.AVAILABLE
-                version.status.error_code = 0
-        return reply
+    def reload(self, flags: Flags) -> None:
+        """Take new flags, as far as that goes without a new start."""
+        changed = {name for name, value in dataclasses.asdict(flags).items() if value != getattr(self.flags, name)}
+        for name in sorted(changed - RELOADABLE):
+            log.warning("--%s takes effect at the next start", name)
+        core = self.core
+        core.gate.set(**_gate(flags))
+        core.access = _access if flags.access_log else None
+        if changed & {"request_log", "request_log_rate"}:
+            before, core.recorder = core.recorder, (
+                Recorder(flags.request_log, flags.request_log_rate) if flags.request_log else None
+            )  # fmt: skip
+            if before:
+                before.close()
+        taken = {name: getattr(flags, name) for name in changed & RELOADABLE}
+        self.flags = dataclasses.replace(self.flags, **taken)
+        if flags.model_config_file or changed & {"model_base_path", "model_name", "models"}:
+            self.reconfigure(self._config(self.flags))
 
 
-@contextlib.contextmanager
-def _refusing(context: grpc.ServicerContext):
-    try:
-        yield
-    except RefusedError as error:
-        text = str(error)
-        context.abort(error.code, text if len(text) <= 1024 else text[: 1024 - 12] + "...TRUNCATED")
-
-
-def newest(folder: Path) -> dict[str, Path]:
-    """The newest version of each model below a folder in TensorFlow Serving's layout: name -> folder of a version.
+def tree(folder: Path) -> dict[str, Path]:
+    """The models below a folder in TensorFlow Serving's layout, name -> base path.
 
     Raises:
         FileNotFoundError: no model is there.
     """
-    found = {}
-    for base in sorted(folder.glob("*")):
-        if base.is_dir() and (versions := export.versions(base)):
-            found[base.name] = versions[max(versions)]
+    found = {base.name: base for base in sorted(folder.glob("*")) if base.is_dir() and not base.name.startswith(".")
+             and any(child.name.isdecimal() and child.is_dir() for child in base.iterdir())}  # fmt: skip
     if not found:
         raise FileNotFoundError(f"no model is below {folder}; train one first, e.g. make vision.classify")
     return found
 
 
-def serve(folder: Path, *, host: str, port: int) -> None:
-    """Serve the newest version of every model below a folder until SIGINT or SIGTERM, then finish what is in flight."""
-    stop = threading.Event()
+def _gate(flags: Flags) -> dict:
+    token = Path(flags.token_file).read_text().strip() if flags.token_file else ""
+    if flags.token_file and not token:
+        raise ValueError(f"--token_file={flags.token_file} is empty; put a token in it")
+    return {"token": token, "rate": flags.max_requests_per_second, "most": flags.max_requests_at_a_time}
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text()
+
+
+def _read(path: str, kind: type):
+    return _parse(_text(path), kind, path) if path else kind()
+
+
+def _parse(text: str, kind: type, path: str):
+    try:
+        return text_format.Parse(text, kind(), descriptor_pool=protocol.pool)
+    except text_format.ParseError as error:
+        name = kind.DESCRIPTOR.full_name
+        raise ValueError(f"Error parsing text-format {name}: {path}: {error}") from error
+
+
+def _credentials(path: str) -> grpc.ServerCredentials | None:
+    if not path:
+        return None
+    config = _read(path, protocol.SSLConfig)
+    if not config.server_key or not config.server_cert:
+        raise ValueError(f"{path} must hold server_key and server_cert, in PEM")
+    authority = config.custom_ca.encode() or None
+    return grpc.ssl_server_credentials([(config.server_key.encode(), config.server_cert.encode())],
+                                       root_certificates=authority, require_client_auth=config.client_verify)  # fmt: skip
+
+
+def _access(entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str) -> None:
+    log.info("%s %s %s %s %.3f ms", entrypoint, stages.api, stages.model or "-", status, 1000 * seconds,
+             extra={"request": {"entrypoint": entrypoint, "api": stages.api, "model": stages.model, "status": status,
+                                "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}})  # fmt: skip
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        if hasattr(record, "request"):
+            return json.dumps({**line, **record.request})
+        return json.dumps({**line, "message": record.getMessage()})
+
+
+def serve(words: list[str]) -> int:
+    """Run a server until SIGINT or SIGTERM, then finish what is in flight; return the process's exit code."""
+    flags, warnings = parse(words)
+    handler = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(_JsonLines() if flags.log_format == "json" else plain)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    for warning in warnings:
+        log.warning(warning)
+    stop, ready = threading.Event(), False
+
+    def end(*_):
+        stop.set()
+        if not ready:  # there is nothing to finish, and what is loading may take for ever
+            raise SystemExit(0)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    models = newest(folder)
-    with Server(models, host=host, port=port) as server:
-        for name, path in models.items():
-            print(f"serving {name} version {path.name}")
-        print(f"gRPC on {server.address}; Ctrl-C ends", flush=True)
-        stop.wait()
+        signal.signal(number, end)
+    with Server(flags) as server:
+        ready = True
+        told = [f"gRPC on {server.address}"] if flags.port else []
+        told += [f"gRPC on unix:{flags.grpc_socket_path}"] if flags.grpc_socket_path else []
+        told += [f"REST on http://{server.rest_address}"] if flags.rest_api_port else []
+        for name, versions in server.core.models.served().items():
+            print(f"serving {name} version {', '.join(map(str, sorted(versions)))}")
+        print(f"{'; '.join(told)}; Ctrl-C ends", flush=True)
+        hang_up = threading.Event()
+        signal.signal(signal.SIGHUP, lambda *_: hang_up.set())
+        while not stop.wait(0.2):
+            if hang_up.is_set():
+                hang_up.clear()
+                try:
+                    server.reload(parse(words)[0])
+                    log.info("flags are read again")
+                except (ValueError, OSError, SystemExit) as error:
+                    log.error("the new flags are not taken: %s", error)
+        log.info("no new requests; those in flight have %g seconds", flags.drain_seconds)
+        server.stop(flags.drain_seconds)
+    return 0

@@ -1,0 +1,35 @@
+"""What both transports share: the models, what answers from them, and what lets in, counts and records."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.serving.gate import Gate, Recorder
+from shared.serving.inference import Inference, Stages
+from shared.serving.models import Models
+from shared.serving.watching import Metrics
+
+log = logging.getLogger("cornucopia.serve")
+
+
+@dataclass
+class Core:
+    """The parts of a server behind its transports."""
+
+    models: Models
+    inference: Inference
+    metrics: Metrics
+    gate: Gate
+    recorder: Recorder | None = None
+    access: Callable[[str, Stages, str, float, str], None] | None = None  # writes a line of the access log
+    as_content: bool = False  # whether answers carry tensor_content in place of typed fields
+    started: float = time.time()
+
+    def record(self, kind: str, request: bytes, reply: bytes) -> None:
+        """Write a request to the record; a disk that refuses ends the recording, not the answer."""
+        try:
+            self.recorder.write(kind, request, reply)
+        except Exception as error:  # OSError and TensorFlow's own
+            log.error("recording ends, %s cannot be written: %s", self.recorder.path, error)
+            self.recorder = None

@@ -1,0 +1,90 @@
+"""Who may ask, how much and how often; and the log of what was asked."""
+
+import hmac
+import random
+import threading
+import time
+from pathlib import Path
+
+import grpc
+
+from shared.serving.protocol import PredictionLog
+from shared.serving.refusal import RefusedError
+
+
+class Gate:
+    """Lets requests in; what it lets in, `leave` lets out again."""
+
+    def __init__(self, *, token: str = "", rate: float = 0.0, most: int = 0):
+        """Ask for a bearer token where one is given; admit `rate` requests a second and `most` at a time, 0: any."""
+        self.set(token=token, rate=rate, most=most)
+        self._lock = threading.Lock()
+        self._inside, self._left, self._at = 0, 1.0, time.monotonic()
+
+    def set(self, *, token: str, rate: float, most: int) -> None:
+        """Change what is asked for; requests that are inside stay."""
+        self._expected = f"Bearer {token}".encode() if token else b""
+        self._rate, self._most = rate, most
+        self.open = not (token or rate or most)
+
+    @property
+    def inside(self) -> int:
+        """Requests that were let in and have no answer yet; counted only where not all are let in."""
+        return self._inside
+
+    def enter(self, authorization: str) -> None:
+        """Let a request in, with what it has in its `authorization` header; RefusedError where it may not."""
+        if self._expected and not hmac.compare_digest(authorization.encode(errors="replace"), self._expected):
+            raise RefusedError(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed: authorization: Bearer …")
+        with self._lock:
+            if self._most and self._inside >= self._most:
+                text = f"{self._inside} requests are being answered, and no more are taken; try again"
+                raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            if self._rate:
+                now = time.monotonic()
+                # Tokens in a bucket that holds a second's worth, so that a short burst passes.
+                self._left = min(max(1.0, self._rate), self._left + (now - self._at) * self._rate)
+                self._at = now
+                if self._left < 1:
+                    text = f"more than {self._rate:g} requests a second; try again"
+                    raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+                self._left -= 1
+            self._inside += 1
+
+    def leave(self) -> None:
+        """A request that was let in has its answer."""
+        with self._lock:
+            self._inside -= 1
+
+
+class Recorder:
+    """Writes a sample of the requests as PredictionLog records, which serve as warm-up or as an evaluation set."""
+
+    def __init__(self, prefix: str, rate: float):
+        """Write to `PREFIX-TIME.tfrecord` that share of the requests; OSError where the folder cannot be written to."""
+        import tensorflow as tf
+
+        path = Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}.tfrecord")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._rate, self._lock = path, rate, threading.Lock()
+        self._writer = tf.io.TFRecordWriter(str(path))
+        self._random = random.Random()
+
+    def wants(self) -> bool:
+        """Whether the next request belongs to the sample."""
+        return self._random.random() < self._rate
+
+    def write(self, kind: str, request: bytes, reply: bytes) -> None:
+        """Write a request and its reply; `kind` is the field of PredictionLog: predict_log, classify_log, …"""
+        record = PredictionLog()
+        log = getattr(record, kind)
+        log.request.MergeFromString(request)
+        log.response.MergeFromString(reply)
+        with self._lock:
+            self._writer.write(record.SerializeToString())
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        with self._lock:
+            self._writer.close()

@@ -1,0 +1,262 @@
+"""The services over gRPC.
+
+What Python adds to a call bounds how many a server answers a second, so the way of a Predict is short: bytes in, bytes
+out, no interceptors, and a pool of threads that takes calls from a queue without making a future of each.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from shared.serving import protocol, tensors
+from shared.serving.core import Core
+from shared.serving.inference import Stages
+from shared.serving.refusal import RefusedError, invalid
+from shared.serving.servable import DEFAULT
+
+MOST_DETAILS = 1024  # characters of an error; TensorFlow Serving cuts what is longer
+SERVICES = (protocol.PREDICTION, protocol.MODEL)
+log = logging.getLogger("cornucopia.serve")
+
+
+class Pool:
+    """Threads that run what is submitted; `grpc.server` takes it for an executor."""
+
+    def __init__(self, most: int):
+        self._most, self._threads = most, []
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, call: Callable, *arguments, **named) -> None:
+        """Run a call in some thread; what it returns is lost."""
+        self._tasks.put((call, arguments, named))
+        if len(self._threads) < self._most and not self._idle.acquire(blocking=False):
+            thread = threading.Thread(target=self._work, name="answer", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def shutdown(self, wait: bool = True) -> None:
+        """End the threads when their calls are done."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            call, arguments, named = task
+            try:
+                call(*arguments, **named)
+            except Exception:  # a call that fails must not take the thread with it
+                log.exception("a call failed")
+            del task, call, arguments, named  # what a request held goes with it, not with the next
+            if len(self._threads) < self._most:
+                self._idle.release()
+
+
+class Grpc:
+    """A gRPC server for what a Core answers."""
+
+    def __init__(self, core: Core, *, threads: int, options: dict[str, int | str], largest: int = -1):
+        """Make a server; `bind` gives it addresses, `start` opens them. `largest`: bytes of a message, -1 for any."""
+        self._core, self._pool = core, Pool(threads)
+        settings = {
+            "grpc.max_send_message_length": -1, "grpc.max_receive_message_length": largest, "grpc.so_reuseport": 0,
+            **options,
+        }  # fmt: skip
+        self._server = grpc.server(self._pool, options=list(settings.items()))
+        self.port = 0
+        prediction = {
+            "Predict": self._inference("Predict", self._predict),
+            "Classify": self._inference("Classify", self._simple(protocol.ClassificationRequest, "classify")),
+            "Regress": self._inference("Regress", self._simple(protocol.RegressionRequest, "regress")),
+            "MultiInference": self._inference("MultiInference", self._infer),
+            "GetModelMetadata": self._inference("GetModelMetadata", self._metadata),
+        }
+        model = {
+            "GetModelStatus": self._inference("GetModelStatus", self._status),
+            "HandleReloadConfigRequest": self._inference("HandleReloadConfigRequest", self._reload),
+        }
+        for service, calls in zip(SERVICES, (prediction, model), strict=True):
+            handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+            self._server.add_registered_method_handlers(service, handlers)
+        self.health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        for module in (health_pb2, reflection_pb2):
+            protocol.add(module.DESCRIPTOR.serialized_pb)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server, pool=protocol.pool)
+
+    def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Take an address; return its port. OSError where it cannot be had."""
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            host, _, port = address.rpartition(":")
+            raise OSError(f"port {port} of {host} cannot be had: something else listens there; choose another") from error
+
+    def start(self) -> None:
+        """Open the addresses."""
+        for name in ("", *SERVICES, "ModelService", "PredictionService"):
+            self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._server.start()
+
+    def stop(self, grace: float) -> threading.Event:
+        """Take no new calls and let those in flight end within some seconds; the event says when it is done."""
+        self.health.enter_graceful_shutdown()
+        return self._server.stop(grace)
+
+    # Calls: bytes -> bytes.
+
+    def _inference(self, api: str, work: Callable) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+        core, record = self._core, self._core.metrics.request
+
+        def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+            begun = time.perf_counter()
+            stages, status, inside = Stages(api), "OK", False
+            sent = {name: value for name, value in context.invocation_metadata() if name in HEADERS}
+            try:
+                if not core.gate.open:
+                    core.gate.enter(sent.get("authorization", ""))
+                    inside = True
+                left = context.time_remaining()
+                until = None if left is None or left > FAR else time.monotonic() + left
+                reply = work(data, stages, until)
+                if core.recorder is not None and api in RECORDED and core.recorder.wants():
+                    core.record(RECORDED[api], data, reply)
+                if sent.keys() - USUAL:
+                    context.set_trailing_metadata(trailing(sent, stages))
+                return reply
+            except RefusedError as error:
+                status = error.code.name
+                if "x-request-id" in sent:
+                    context.set_trailing_metadata((("x-request-id", sent["x-request-id"]),))
+                context.abort(error.code, _cut(str(error)))
+            except DecodeError:
+                status = "INTERNAL"
+                context.abort(grpc.StatusCode.INTERNAL, f"the message is no {api} request: it cannot be parsed")
+            except MemoryError:
+                status = "RESOURCE_EXHAUSTED"
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is not enough memory for this request")
+            finally:
+                if inside:
+                    core.gate.leave()
+                record(stages.model, "GRPC", status, time.perf_counter() - begun, stages)
+                if core.access is not None:
+                    core.access("GRPC", stages, status, time.perf_counter() - begun, sent.get("x-request-id", ""))
+
+        return handle
+
+    def _predict(self, data: bytes, stages: Stages, until: float | None) -> bytes:
+        begun = time.perf_counter()
+        request = protocol.PredictRequest.FromString(data)
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        spec = request.model_spec
+        servable = self._core.models.find(spec)
+        stages.model = servable.name
+        key = spec.signature_name or DEFAULT
+        inputs = {}
+        for alias, proto in request.inputs.items():
+            try:
+                inputs[alias] = tensors.from_proto(proto)
+            except ValueError as error:
+                raise invalid(f"tensor parsing error: {alias}") from error
+        stages.decode = time.perf_counter() - begun
+        aliases, outputs = self._core.inference.predict(servable, key, inputs, request.output_filter, stages, until)
+        begun = time.perf_counter()
+        reply = protocol.PredictResponse()
+        answered = reply.model_spec
+        answered.name, answered.signature_name, answered.version.value = servable.name, key, servable.version
+        content = self._core.as_content
+        for alias, output in zip(aliases, outputs, strict=True):
+            tensors.fill(reply.outputs[alias], output, content=content)
+        data = reply.SerializeToString()
+        stages.encode = time.perf_counter() - begun
+        return data
+
+    def _simple(self, kind: type, name: str) -> Callable:
+        answer = getattr(self._core.inference, name)
+
+        def work(data: bytes, stages: Stages, until: float | None) -> bytes:
+            begun = time.perf_counter()
+            request = kind.FromString(data)
+            if not request.HasField("model_spec"):
+                raise invalid("Missing ModelSpec")
+            servable = self._core.models.find(request.model_spec)
+            stages.model = servable.name
+            stages.decode = time.perf_counter() - begun
+            return answer(servable, request, stages, until).SerializeToString()
+
+        return work
+
+    def _infer(self, data: bytes, stages: Stages, until: float | None) -> bytes:
+        request = protocol.MultiInferenceRequest.FromString(data)
+        if not request.tasks or not request.tasks[0].HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        servable = self._core.models.find(request.tasks[0].model_spec)
+        stages.model = servable.name
+        return self._core.inference.infer(servable, request, stages, until).SerializeToString()
+
+    def _metadata(self, data: bytes, stages: Stages, until: float | None) -> bytes:
+        request = protocol.GetModelMetadataRequest.FromString(data)
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        reply = self._core.inference.metadata(request)
+        stages.model = reply.model_spec.name
+        return reply.SerializeToString()
+
+    def _status(self, data: bytes, stages: Stages, until: float | None) -> bytes:
+        request = protocol.GetModelStatusRequest.FromString(data)
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        return self._core.models.status(request.model_spec).SerializeToString()
+
+    def _reload(self, data: bytes, stages: Stages, until: float | None) -> bytes:
+        request = protocol.ReloadConfigRequest.FromString(data)
+        if request.config.WhichOneof("config") != "model_config_list":
+            raise invalid("ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is "
+                          "currently supported")  # fmt: skip
+        before = {name: self._core.metrics.value(name) for name in request.metric_names}
+        self._core.models.configure(request.config, timeout=None if until is None else until - time.monotonic())
+        reply = protocol.ReloadConfigResponse()
+        reply.status.SetInParent()
+        for name, value in before.items():
+            reply.metric.add(name=name, int64_value_increase=self._core.metrics.value(name) - value)
+        return reply.SerializeToString()
+
+
+FAR = 10**8  # seconds; gRPC's way to say that a call has no deadline
+HEADERS = frozenset({"authorization", "server-timing", "x-request-id", "traceparent"})
+USUAL = frozenset({"authorization"})
+RECORDED = {"Predict": "predict_log", "Classify": "classify_log", "Regress": "regress_log",
+            "MultiInference": "multi_inference_log"}  # fmt: skip
+
+
+def trailing(sent: dict[str, str], stages: Stages) -> tuple[tuple[str, str], ...]:
+    """What goes back beside an answer: the request's id, and, where it was asked for, where its time went."""
+    back = [(name, sent[name]) for name in ("x-request-id", "traceparent") if name in sent]
+    if "server-timing" in sent:
+        back.append(("server-timing", timing(stages)))
+    return tuple(back)
+
+
+def timing(stages: Stages) -> str:
+    """Milliseconds of each stage in the syntax of the Server-Timing header, and the batch's size."""
+    parts = [f"{name};dur={1000 * getattr(stages, name):.3f}" for name in ("decode", "queue", "run", "encode")]
+    return ", ".join([*parts, f"batch;dur={stages.batch}"])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_DETAILS else text[: MOST_DETAILS - 12] + "...TRUNCATED"

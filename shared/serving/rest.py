@@ -1,0 +1,292 @@
+"""The REST API of TensorFlow Serving, and what a platform asks a server beside it.
+
+aiohttp takes connections, chunks, compressed bodies and keep-alive; each request is answered in a thread.
+"""
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote_to_bytes
+
+import grpc
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from google.protobuf.message import DecodeError
+
+from shared.serving import openapi, protocol, rest_json
+from shared.serving.core import Core
+from shared.serving.grpc_transport import timing
+from shared.serving.inference import Stages
+from shared.serving.refusal import RefusedError, invalid
+from shared.serving.servable import DEFAULT
+
+ASKED = re.compile(r"(?i:/v1/models/([^/:]+)(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?:)(classify|regress|predict)")
+TOLD = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?")
+CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, GET",
+        "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
+NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+RECORDED = {"predict": "predict_log", "classify": "classify_log", "regress": "regress_log"}
+
+
+class Rest:
+    """An HTTP server for what a Core answers, in a thread of its own."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        host: str,
+        port: int,
+        threads: int,
+        seconds: float = 30.0,
+        cors: bool = False,
+        largest: int = 0,
+        metrics_path: str = "",
+        patience: float = 60.0,
+    ):
+        """Open the port.
+
+        `seconds` is what a request may take, `largest` the bytes of a body (0: any), `patience` the seconds in which a
+        client must have sent its headers, and then its body. OSError where the port cannot be had.
+        """
+        self._core, self._seconds, self._cors, self._largest = core, seconds, cors, largest
+        self._metrics_path, self._patience = metrics_path, patience
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rest")
+        self._loop = asyncio.new_event_loop()
+        self._busy = 0
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rest", daemon=True)
+        self._thread.start()
+        try:
+            self.port = asyncio.run_coroutine_threadsafe(self._open(host, port), self._loop).result()
+        except OSError as error:
+            self._end()
+            raise OSError(f"port {port} of {host} cannot be had: {error.strerror or error}; choose another") from error
+
+    async def _open(self, host: str, port: int) -> int:
+        self._web = _Web(self._handle, request_factory=self._request, access_log=None, keepalive_timeout=3600,
+                         patience=self._patience, max_line_size=65536, max_field_size=65536)  # fmt: skip
+        self._listening = await self._loop.create_server(self._web, host, port, backlog=1024)
+        return self._listening.sockets[0].getsockname()[1]
+
+    def stop(self, grace: float) -> None:
+        """Take no new requests, let those in flight end within some seconds, close the port."""
+
+        async def close():
+            self._listening.close()
+            until = time.monotonic() + grace
+            while self._busy and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+            await self._web.shutdown(0.1)
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result()
+        self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _request(self, message, payload, protocol_, writer, task) -> web.BaseRequest:
+        most = self._largest or 2**62
+        return web.BaseRequest(message, payload, protocol_, writer, task, self._loop, client_max_size=most)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        request.protocol.in_time()
+        self._busy += 1
+        begun, status, stages, inside = time.perf_counter(), "OK", Stages(""), False
+        headers = dict(CORS) if self._cors else {}
+        headers |= {name: request.headers[name] for name in ("X-Request-Id", "traceparent") if name in request.headers}
+        code, kind, body = 200, "application/json", b""
+        try:
+            if request.headers.get("Expect", "").lower() == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0
+            if self._core.gate.open or request.path in ("/livez", "/readyz"):
+                pass
+            else:
+                self._core.gate.enter(request.headers.get("Authorization", ""))
+                inside = True
+            sent = await self._body(request)
+            work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages)
+            code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds)
+        except RefusedError as error:
+            status, code = error.code.name, rest_json.HTTP_STATUS.get(error.code, 500)
+            body = rest_json.write_error(str(error))
+        except TimeoutError:
+            status, code = "DEADLINE_EXCEEDED", 504
+            body = rest_json.write_error(f"the answer took longer than {self._seconds:g} seconds")
+        except (DecodeError, MemoryError) as error:
+            status, code, body = "INTERNAL", 500, rest_json.write_error(str(error) or type(error).__name__)
+        finally:
+            self._busy -= 1
+            if inside:
+                self._core.gate.leave()
+            seconds = time.perf_counter() - begun
+            if stages.model:
+                self._core.metrics.request(stages.model, "REST", status, seconds, stages)
+            if self._core.access is not None:
+                self._core.access("REST", stages, status, seconds, request.headers.get("X-Request-Id", ""))
+        if "Server-Timing" in request.headers:
+            headers["Server-Timing"] = timing(stages)
+        return web.Response(status=code, body=body, content_type=kind or None, headers=headers)
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        try:
+            return await asyncio.wait_for(request.read(), self._patience)
+        except TimeoutError:
+            request.protocol.force_close()
+            text = f"the body did not come within {self._patience:g} seconds"
+            raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+        except web.HTTPRequestEntityTooLarge:
+            request.protocol.force_close()
+            text = f"the body is larger than the {self._largest} bytes that this server takes"
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise invalid(f"the body cannot be read: {error}") from error
+
+    def _answer(self, request: web.BaseRequest, body: bytes, stages: Stages) -> tuple[int, str, bytes]:
+        """HTTP status, type and body of the answer."""
+        method, path = request.method, request.raw_path
+        if not path.lower().startswith("/v1/"):
+            return self._beside(method, path)
+        if method == "OPTIONS":
+            if re.search("https?://", request.headers.get("Origin", "")):
+                return 200, "application/json", b""
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "Origin header is missing in CORS preflight")
+        found = {"POST": ASKED, "GET": TOLD}.get(method, _NOTHING).fullmatch(path)
+        if not found:
+            raise invalid(f"Malformed request: {method} {path}")
+        name, version, label, verb = found.groups()
+        spec = protocol.ModelSpec(name=_decoded(name or ""))
+        if version is not None:
+            if int(version) >= 2**63:
+                return 400, "application/json", b""
+            spec.version.value = int(version)
+        if label is not None:
+            spec.version_label = _decoded(label)
+        if method == "POST":
+            return 200, "application/json", self._inference(verb, spec, body, stages)
+        if not spec.name:
+            raise invalid("Missing model name in request.")
+        if verb:
+            asked = protocol.GetModelMetadataRequest(model_spec=spec, metadata_field=["signature_def"])
+            return 200, "application/json", rest_json.write_metadata(self._core.inference.metadata(asked))
+        return 200, "application/json", rest_json.write_status(self._core.models.status(spec))
+
+    def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages) -> bytes:
+        core, until = self._core, time.monotonic() + self._seconds
+        begun = time.perf_counter()
+        servable = core.models.find(spec)
+        stages.api, stages.model = verb, servable.name
+        record = core.recorder is not None and core.recorder.wants()
+        if verb == "predict":
+            key, inputs, row = rest_json.read_predict(body, lambda key: _signature(servable, key))
+            key = key or DEFAULT
+            stages.decode = time.perf_counter() - begun
+            aliases, outputs = core.inference.predict(servable, key, inputs, (), stages, until)
+            begun = time.perf_counter()
+            named = dict(zip(aliases, outputs, strict=True))
+            answer = rest_json.write_predict(named, row=row)
+            stages.encode = time.perf_counter() - begun
+            if record:
+                core.record("predict_log", *_as_messages(spec, key, inputs, named))
+            return answer
+        key, given = rest_json.read_examples(body)
+        spec.signature_name = key
+        kind = protocol.ClassificationRequest if verb == "classify" else protocol.RegressionRequest
+        asked = kind(model_spec=spec, input=given)
+        stages.decode = time.perf_counter() - begun
+        reply = getattr(core.inference, verb)(servable, asked, stages, until)
+        if record:
+            core.record(RECORDED[verb], asked.SerializeToString(), reply.SerializeToString())
+        begun = time.perf_counter()
+        write = rest_json.write_classifications if verb == "classify" else rest_json.write_regressions
+        answer = write(reply)
+        stages.encode = time.perf_counter() - begun
+        return answer
+
+    def _beside(self, method: str, path: str) -> tuple[int, str, bytes]:
+        """What TensorFlow Serving does not have: health, the list of models, the API's description; and metrics."""
+        models = self._core.models
+        if method == "GET" and path == "/livez":
+            return 200, "text/plain", b"ok\n"
+        if method == "GET" and path == "/readyz":
+            return (200, "text/plain", b"ok\n") if models.ready() else (503, "text/plain", b"not every model answers\n")
+        if method == "GET" and path == "/models":
+            listed = {name: {"versions": sorted(served), "latest": max(served, default=None)}
+                      for name, served in models.served().items()}  # fmt: skip
+            return 200, "application/json", json.dumps(listed, indent=1).encode()
+        if method == "GET" and path == "/openapi.json":
+            return 200, "application/json", json.dumps(openapi.document(models.served()), indent=1).encode()
+        if method == "GET" and self._metrics_path and path == self._metrics_path:
+            return 200, "text/plain", self._core.metrics.text(self._gauges()).encode()
+        return 404, "text/html", NOT_FOUND
+
+    def _gauges(self) -> dict[str, float]:
+        served = self._core.models.served()
+        return {"rest_requests_in_flight": self._busy, "versions_served": sum(map(len, served.values())),
+                "uptime_seconds": time.time() - self._core.started}  # fmt: skip
+
+
+class _Connection(web.RequestHandler):
+    """A connection whose client must send its first request's headers in time, or is hung up on."""
+
+    def __init__(self, *arguments, patience: float, **named):
+        super().__init__(*arguments, **named)
+        self._patience, self._clock = patience, None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._clock = asyncio.get_running_loop().call_later(self._patience, transport.abort)
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self.in_time()
+        super().connection_lost(error)
+
+    def in_time(self) -> None:
+        """The headers have come."""
+        self._clock.cancel()
+
+
+class _Web(web.Server):
+    def __init__(self, handler: Callable, *, patience: float, **named):
+        super().__init__(handler, **named)
+        self._patience = patience
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, patience=self._patience, **self._kwargs)
+
+
+_NOTHING = re.compile(r"(?!)")
+
+
+def _decoded(part: str) -> str:
+    """A part of a path, percent-decoded: what it hides is data, and never a path."""
+    try:
+        return unquote_to_bytes(part).decode()
+    except UnicodeDecodeError as error:
+        raise invalid(f"Failed to decode model name:{part}") from error
+
+
+def _signature(servable, key: str):
+    definition = servable.definitions.get(key or DEFAULT)
+    if definition is None:
+        raise invalid(f'Serving signature name: "{key or DEFAULT}" not found in signature def')
+    return definition
+
+
+def _as_messages(spec, key, inputs, outputs) -> tuple[bytes, bytes]:
+    from shared.serving import tensors
+
+    request, reply = protocol.PredictRequest(), protocol.PredictResponse()
+    for message, name in ((request, "inputs"), (reply, "outputs")):
+        message.model_spec.CopyFrom(spec)
+        message.model_spec.signature_name = key
+        for alias, array in (inputs if name == "inputs" else outputs).items():
+            tensors.fill(getattr(message, name)[alias], array)
+    return request.SerializeToString(), reply.SerializeToString()

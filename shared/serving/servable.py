@@ -1,0 +1,228 @@
+"""One loaded version of a model: its signatures, run the way TensorFlow Serving runs them.
+
+A SavedModel is loaded into a TensorFlow 1 session, as TensorFlow Serving does: a call of its session is several times
+faster than one of a TensorFlow 2 signature, and closing it gives the memory back.
+"""
+
+import importlib
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import tensorflow as tf
+
+from shared.serving import tensors
+from shared.serving.protocol import PredictionLog, SavedModel, SignatureDef, type_name
+from shared.serving.refusal import RefusedError, invalid
+
+DEFAULT = "serving_default"
+STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -> gRPC's name for it
+MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
+_importing = threading.Lock()
+
+
+class Servable:
+    """A version that answers. `batching` is what runs its requests together, where anything does."""
+
+    def __init__(self, name: str, version: int, folder: Path, *, tags: Iterable[str] = ("serve",),
+                 threads: tuple[int, int] = (0, 0)):  # fmt: skip
+        """Load a version; `threads` are TensorFlow's within and between operations, 0 for as many as processors.
+
+        Raises:
+            ValueError: the folder holds no SavedModel that can be loaded; says why.
+        """
+        self.name, self.version, self.folder = name, version, folder
+        self.batching: Any = None
+        if not (folder / "saved_model.pb").exists() and not (folder / "saved_model.pbtxt").exists():
+            raise ValueError(f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {folder}")
+        settings = tf.compat.v1.ConfigProto(
+            intra_op_parallelism_threads=threads[0], inter_op_parallelism_threads=threads[1], allow_soft_placement=True
+        )
+        self._session = tf.compat.v1.Session(graph=tf.Graph(), config=settings)
+        try:
+            self.definitions = _load(self._session, folder, set(tags))
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, tf.errors.OpError) as error:
+            self._session.close()
+            raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        self._callables: dict[Any, Any] = {}
+        # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
+        self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
+        self._defaults = {key: {alias: tensors.from_proto(proto) for alias, proto in definition.defaults.items()}
+                          for key, definition in self.definitions.items()}  # fmt: skip
+
+    def detach(self) -> Callable[[], None]:
+        """What gives the memory back, once no request is running; it holds no reference to the version itself."""
+        session, callables = self._session, self._callables
+
+        def close():
+            callables.clear()
+            session.close()
+
+        return close
+
+    def run_alone(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray]) -> tuple[list, float, int]:
+        """As `Batching.run`, for a request on its own: outputs, the seconds that they took, and examples."""
+        begun = time.perf_counter()
+        outputs = self.run(feeds, fetches, arrays)
+        return outputs, time.perf_counter() - begun, arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+
+    def bind(self, key: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] = ()) -> tuple[tuple, tuple, list]:
+        """Check a Predict request's inputs and outputs against a signature.
+
+        Returns:
+            The tensors' names to feed and to fetch, and the arrays to feed in that order.
+
+        Raises:
+            RefusedError: as TensorFlow Serving refuses.
+        """
+        definition = self.definitions.get(key)
+        if definition is None:
+            message = f'Serving signature key "{key}" not found.'
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, message)
+        try:
+            feeds, aliases, numbers, fetches = self._callables[key]
+        except KeyError:
+            feeds, aliases, numbers, fetches = self._callables[key] = _plan(definition)
+        if inputs.keys() != set(aliases):
+            inputs = self._complete(key, definition, inputs)
+        arrays = [inputs[alias] for alias in aliases]
+        for index, array in enumerate(arrays):
+            if array.dtype != numbers[index][0]:
+                have = type_name(tensors.number_of(array.dtype))
+                raise invalid(f"Expects arg[{index}] to be {numbers[index][1]} but {have} is provided")
+        if wanted:
+            fetches = _filtered(definition, wanted)
+        return feeds, fetches, arrays
+
+    def _complete(self, key: str, definition: SignatureDef, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        defaults, sent, known = self._defaults[key], set(inputs), set(definition.inputs)
+        if len(sent) > len(known) or (len(sent) < len(known) and not defaults):
+            raise invalid(
+                f"input size does not match signature: {len(sent)}!={len(known)} len({{{','.join(sorted(sent))}}}) != "
+                f"len({{{','.join(sorted(known))}}}). Sent extra: {{{','.join(sorted(sent - known))}}}. "
+                f"Missing but required: {{{','.join(sorted(known - sent))}}}."
+            )
+        complete = {**defaults, **inputs}
+        for alias in sorted(known):
+            if alias not in complete:
+                raise invalid(f"Signature input alias: {alias}(feed name: {definition.inputs[alias].name}) not found "
+                              f"in request and no default value provided. Inputs expected to be in the set "
+                              f"{{{','.join(sorted(known))}}}.")  # fmt: skip
+        return complete
+
+    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run the graph; RefusedError with the status and text of the operation that refuses."""
+        try:
+            call = self._callables[feeds, fetches]
+        except KeyError:
+            call = self._callables[feeds, fetches] = _callable(self._session, feeds, fetches)
+        try:
+            outputs = call(*arrays)
+        except tf.errors.OpError as error:
+            raise RefusedError(STATUS.get(error.error_code, grpc.StatusCode.UNKNOWN), error.message) from error
+        except (TypeError, ValueError) as error:
+            raise invalid(str(error)) from error
+        return [output if isinstance(output, np.ndarray) else _scalar(output) for output in outputs]
+
+    def warm_ups(self) -> list[PredictionLog]:
+        """The requests in the version's warm-up file; none where there is no such file.
+
+        Raises:
+            ValueError: there are more than TensorFlow Serving takes, or one is of a kind that it refuses.
+        """
+        path = self.folder / "assets.extra" / "tf_serving_warmup_requests"
+        if not path.exists():
+            return []
+        logs = []
+        try:
+            for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+                logs.append(PredictionLog.FromString(record))
+                if len(logs) > MOST_WARM_UPS:
+                    raise ValueError(f"Number of warmup records exceeds the maximum ({MOST_WARM_UPS}) at {path}")
+        except (tf.errors.OpError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        return logs
+
+
+def _scalar(value) -> np.ndarray:
+    """A session gives a tensor without dimensions as a number or as bytes."""
+    return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
+
+
+def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[str, SignatureDef]:
+    """Load a SavedModel into a session, its operations' libraries first; return its signatures."""
+    binary = folder / "saved_model.pb"
+    if binary.exists():  # as it is in the file: what GetModelMetadata answers
+        try:
+            saved = SavedModel.FromString(binary.read_bytes())
+        except Exception as error:  # google.protobuf.message.DecodeError, which its C implementation hides
+            raise ValueError(f"Can't parse {binary} as binary proto") from error
+        graphs = [graph for graph in saved.meta_graphs if set(graph.meta_info_def.tags) == tags]
+        if not graphs:
+            raise ValueError(f"Could not find meta graph def matching supplied tags: {{ {' '.join(sorted(tags))} }}")
+        definitions = {key: SignatureDef.FromString(value.SerializeToString())
+                       for key, value in graphs[0].signature_def.items()}  # fmt: skip
+        operations = {node.op for node in graphs[0].graph_def.node}
+        operations |= {node.op for function in graphs[0].graph_def.library.function for node in function.node_def}
+        _import_operations(operations)
+    with session.graph.as_default():
+        loaded = tf.compat.v1.saved_model.loader.load(session, list(tags), str(folder))
+    if not binary.exists():
+        definitions = {key: SignatureDef.FromString(value.SerializeToString())
+                       for key, value in loaded.signature_def.items()}  # fmt: skip
+    return definitions
+
+
+def _import_operations(operations: set[str]) -> None:
+    """TensorFlow Text's operations, which TensorFlow Serving has built in, are a library's here."""
+    from tensorflow.python.framework import op_def_registry
+
+    with _importing:
+        missing = [name for name in operations if op_def_registry.get(name) is None]
+        if missing and importlib.util.find_spec("tensorflow_text") is not None:
+            importlib.import_module("tensorflow_text")
+
+
+def _plan(definition: SignatureDef) -> tuple[tuple, tuple, tuple, tuple]:
+    """Of a signature: tensors to feed, their aliases, their (dtype, name of type), and tensors to fetch."""
+    aliases = tuple(sorted(definition.inputs, key=lambda alias: definition.inputs[alias].name))
+    feeds = tuple(definition.inputs[alias].name for alias in aliases)
+    numbers = tuple((tensors.dtype_of(definition.inputs[alias].dtype), type_name(definition.inputs[alias].dtype))
+                    for alias in aliases)  # fmt: skip
+    return feeds, aliases, numbers, tuple(definition.outputs[alias].name for alias in sorted(definition.outputs))
+
+
+def _filtered(definition: SignatureDef, wanted: Sequence[str]) -> tuple:
+    for position, alias in enumerate(wanted):
+        if alias not in definition.outputs:
+            raise invalid(f"output tensor alias not found in signature: {alias} Outputs expected to be in the set "
+                          f"{{{','.join(sorted(definition.outputs))}}}.")  # fmt: skip
+        if alias in wanted[:position]:
+            raise invalid(f"duplicate output tensor alias: {alias}")
+    return tuple(definition.outputs[alias].name for alias in wanted)
+
+
+def _callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
+    """A function arrays -> arrays: the private one is several times faster than the public one it falls back to."""
+    # Without a hand-over to the pool between operations: the request's own thread runs them all.
+    return _fast_callable(session, feeds, fetches) or session.make_callable(list(fetches), feed_list=list(feeds))
+
+
+def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
+    options = tf.compat.v1.CallableOptions() if hasattr(tf.compat.v1, "CallableOptions") else None
+    if options is None:
+        from tensorflow.core.protobuf import config_pb2
+
+        options = config_pb2.CallableOptions()
+    options.feed.extend(feeds)
+    options.fetch.extend(fetches)
+    options.run_options.inter_op_thread_pool = -1
+    try:
+        return session._make_callable_from_options(options)
+    except AttributeError:
+        return None

@@ -1,0 +1,98 @@
+"""The small models that tests/test_serving.py asks: `python tests/serving_models.py FOLDER` writes them with a config.
+
+With them a real TensorFlow Serving takes the same tests:
+
+    tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \
+        --enable_grpc_healthcheck_service
+    TF_SERVING_ADDRESS=127.0.0.1:8500 TF_SERVING_REST=127.0.0.1:8501 pytest tests/test_serving.py
+"""
+
+import sys
+from pathlib import Path
+
+import tensorflow as tf
+
+
+class Adder(tf.Module):
+    """Two inputs of different rank, two outputs of different type."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="a"), tf.TensorSpec([], tf.float32, name="b")])
+    def __call__(self, a, b):
+        return {"sum": a + b, "text": tf.strings.as_string(a)}
+
+
+class Affine(tf.Module):
+    """One input, one output, one variable, by which versions differ."""
+
+    def __init__(self, scale: float = 2.0):
+        super().__init__()
+        self.scale = tf.Variable(scale)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float32, name="x")])
+    def __call__(self, x):
+        return {"y": x * self.scale + 1.0}
+
+
+class Echo(tf.Module):
+    """Bytes and integers, as they came."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="content"),
+                                  tf.TensorSpec([None], tf.int64, name="number")])  # fmt: skip
+    def __call__(self, content, number):
+        return {"content_bytes": content, "content": content, "number": number}
+
+
+class Judge(tf.Module):
+    """Signatures over serialised Examples with a float feature `x`, to classify and to regress."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = tf.constant(["low", "high"])
+
+    def _read(self, inputs):
+        return tf.io.parse_example(inputs, {"x": tf.io.FixedLenFeature([], tf.float32, 0.0)})["x"]
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def classify(self, inputs):
+        x = self._read(inputs)
+        return {"classes": tf.tile(self.names[None], [tf.shape(x)[0], 1]), "scores": tf.stack([-x, x], 1)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def regress(self, inputs):
+        return {"outputs": self._read(inputs) * 2.0}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def scores(self, inputs):
+        return {"scores": self._read(inputs)[:, None]}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def others(self, inputs):
+        return {"what": self._read(inputs)}
+
+
+def save(module: tf.Module, folder: Path, signatures=None) -> None:
+    """Write a version."""
+    tf.saved_model.save(module, str(folder), signatures=signatures or module.__call__)
+
+
+def write(root: Path) -> None:
+    """Write all models, and the config that serves them."""
+    for version in ("1", "00003"):
+        save(Adder(), root / "adder" / version)
+    (root / "adder" / "draft").mkdir()
+    save(Affine(), root / "affine" / "1")
+    save(Echo(), root / "echo" / "1")
+    judge = Judge()
+    save(judge, root / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress,
+                                       "scores": judge.scores, "others": judge.others})  # fmt: skip
+    blocks = [
+        f'  config {{ name: "{name}" base_path: "{root.absolute() / name}" model_platform: "tensorflow"{policy} }}\n'
+        for name, policy in (
+            ("adder", " model_version_policy { all {} }"), ("affine", ""), ("echo", ""), ("judge", ""),
+        )
+    ]  # fmt: skip
+    (root / "models.config").write_text(f"model_config_list {{\n{''.join(blocks)}}}\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
