@@ -26,12 +26,44 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   list                    the tasks, one line each
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
   evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
-  ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself);
-                          --address=HOST:PORT and --signature=NAME where they are not the usual ones
+  ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
+  load TASK [flags]       load a running server: throughput, latency, and where the time of a request goes
+                          (ask and load: --address=HOST:PORT for gRPC, http://HOST:PORT for REST)
   explain TASK --text=T   which parts of a text a saved model's answer rests on
-  serve [flags]           serve every model below saved_models over TensorFlow Serving's gRPC protocol
+  serve [flags]           serve models over TensorFlow Serving's protocols, with tensorflow_model_server's flags
 
 cornucopia COMMAND [TASK] --help tells the flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One raw request to a running server. All other flags, as --NAME=VALUE, are inputs of the signature; an input
+    that is named as a flag here cannot be given.
+    """
+
+    address: str = "127.0.0.1:8500"  # HOST:PORT for gRPC; http://HOST:PORT or https://HOST:PORT for REST
+    signature: str = "serving_default"  # of the model
+    version: int = 0  # of the model; 0: the newest
+    label: str = ""  # of a version, as the server's configuration names it
+    token: str = ""  # sent as "authorization: Bearer TOKEN"
+    timeout: float = 60.0  # seconds that the answer may take
+    top: int = 0  # how many of a list of best answers to show; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Load a running server and tell how much it bears. All other flags, as --NAME=VALUE, are inputs of the signature;
+    without any, the model's warm-up request is sent, or zeros. Exit code 1: a request failed.
+    """
+
+    address: str = "127.0.0.1:8500"  # HOST:PORT for gRPC; http://HOST:PORT or https://HOST:PORT for REST
+    signature: str = ""  # of the model; empty: serving_default
+    token: str = ""  # sent as "authorization: Bearer TOKEN"
+    concurrency: int = 8  # callers that each wait for their answer before they ask again
+    seconds: float = 10.0  # of which the first tenth, at most 1, is not counted
+    rate: float = 0.0  # requests a second, sent when they are due whatever the server does; 0: callers as above
+    batch: int = 1  # examples of one request: the same, repeated
+    saved_models: str = "saved_models"  # folder of exported versions, for the warm-up request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +119,8 @@ def main() -> None:
         print(USAGE)
         return
     command, rest = words[0], words[1:]
-    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "explain": _explain,
-                "serve": _serve}  # fmt: skip
+    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "load": _load,
+                "explain": _explain, "serve": _serve}  # fmt: skip
     if command not in commands:
         _refuse(f"unknown command {command}; one of {', '.join(commands)}")
     try:
@@ -194,19 +226,34 @@ def _serve(words: list[str]) -> None:
 
 
 def _ask(words: list[str]) -> None:
-    """`cornucopia ask TASK --address=HOST:PORT --signature=NAME --INPUT=VALUE …`; inputs as that signature has them."""
-    task, words = (words[0], words[1:]) if words and not words[0].startswith("-") else _named(words, "ask")
-    values: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name.startswith("--") and equals):
-            _refuse(
-                f"cornucopia ask takes --INPUT=VALUE, --address=HOST:PORT and --signature=NAME; {word} is none of them"
-            )
-        values[name.removeprefix("--").replace("-", "_")] = value
-    address = values.pop("address", "127.0.0.1:8500")
-    signature = values.pop("signature", "serving_default")
-    _load_tensorflow()
+    task, flags, values = _with_inputs(words, "ask", Ask)
     from shared.serving import ask
 
-    ask.ask(task, values, address=address, signature=signature)
+    options = dataclasses.asdict(flags)
+    options["version"] = flags.version or None
+    options["top"] = flags.top or None
+    ask.ask(task, values, **options)
+
+
+def _load(words: list[str]) -> None:
+    task, flags, values = _with_inputs(words, "load", Load)
+    from shared.serving import load
+
+    options = dataclasses.asdict(flags)
+    options["saved_models"] = Path(flags.saved_models)
+    if not load.load(task, values, **options):
+        raise SystemExit(1)
+
+
+def _with_inputs(words: list[str], command: str, kind: type) -> tuple[str, Any, dict[str, str]]:
+    """A model's name, which need not be a task's; the flags of a kind; and all others, as the model's inputs."""
+    task, words = (words[0], words[1:]) if words and not words[0].startswith("-") else _named(words, command)
+    flags, rest = tyro.cli(kind, args=words, prog=f"cornucopia {command} {task}", return_unknown_args=True)
+    values = {}
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not (name.startswith("--") and equals):
+            _refuse(f"cornucopia {command} takes inputs as --NAME=VALUE; {word} is none "
+                    f"(cornucopia {command} {task} --help tells the other flags)")  # fmt: skip
+        values[name.removeprefix("--").replace("-", "_")] = value
+    return task, flags, values

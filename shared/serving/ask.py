@@ -6,59 +6,81 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from shared.serving.client import Client
+from shared.serving.client import Client, Inputs, ServerError
 
 FILES = ("image", "audio")  # inputs that take the content of a file; a person gives its path
 FIRST = ("label", "text")  # what a person wants to know before the rest
 
 
-def ask(model: str, values: Mapping[str, str], *, address: str, signature: str = "serving_default") -> None:
-    """Print the answer of a model's signature to inputs given as text.
+def ask(
+    model: str,
+    values: Mapping[str, str],
+    *,
+    address: str,
+    signature: str = "serving_default",
+    version: int | None = None,
+    label: str = "",
+    token: str = "",
+    timeout: float = 60.0,
+    top: int | None = None,
+) -> None:
+    """Print the answer of a model's signature to inputs given as text; of a list of best ones the `top` first.
 
     Raises:
         ValueError: an input is missing, unknown or not of its type, or the server refuses; says which.
         OSError: no server answers at the address, or a file cannot be read.
     """
-    with Client(address) as client:
+    which = {"signature": signature, "version": version, "label": label}
+    with Client(address, timeout=timeout, token=token, retries=0) as client:
         try:
-            inputs = client.inputs(model, signature=signature)
-            missing, unknown = sorted(set(inputs) - set(values)), sorted(set(values) - set(inputs))
-            if missing or unknown:
-                expected = " ".join(f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs)
-                raise ValueError(f"{model} takes {expected}; "
-                                 + "; ".join([f"{name} is missing" for name in missing]
-                                             + [f"{name} is unknown" for name in unknown]))  # fmt: skip
-            batch = {name: _parse(name, values[name], dtype, shape) for name, (dtype, shape) in inputs.items()}
-            answer = client.predict(model, batch, signature=signature)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
-                raise ConnectionError(f"no server answers at {address}; start one with make serve") from error
-            raise ValueError(f"the server refuses ({error.code().name}): {error.details()}") from error
-    print(describe({name: value[0] for name, value in answer.items()}))
+            example = read(model, values, client.inputs(model, **which))
+            answer = client.predict(model, example, **which)
+        except ServerError as error:
+            raise explained(error, address) from error
+    print(describe({name: value[0] for name, value in answer.items()}, top=top))
+
+
+def read(model: str, values: Mapping[str, str], inputs: Inputs) -> dict[str, np.ndarray]:
+    """One example, with a batch of one in front, from inputs given as text; ValueError: they are not what it takes."""
+    missing, unknown = sorted(set(inputs) - set(values)), sorted(set(values) - set(inputs))
+    if missing or unknown:
+        expected = " ".join(f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs)
+        raise ValueError(f"{model} takes {expected}; "
+                         + "; ".join([f"{name} is missing" for name in missing]
+                                     + [f"{name} is unknown" for name in unknown]))  # fmt: skip
+    return {name: _parse(name, values[name], dtype, shape) for name, (dtype, shape) in inputs.items()}
 
 
 def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """One example, with a batch of one in front, from the text of a flag."""
     if dtype == np.dtype(object):
         if len(shape) > 1:  # a list, with commas between
             return np.array([[part.strip().encode() for part in text.split(",")]], object)
         return np.array([Path(text).read_bytes() if name in FILES else text.encode()], object)
     try:
         value = np.array([float(number) for number in text.replace(",", " ").split()]).astype(dtype)
+        return value.reshape([1, *([-1] if len(shape) > 1 else [])])
     except ValueError as error:
-        raise ValueError(f"--{name} takes {dtype} numbers with commas or spaces between, not {text!r}") from error
-    return value.reshape([1, *([-1] if len(shape) > 1 else [])])
+        expected = f"{dtype} numbers with commas or spaces between" if len(shape) > 1 else f"one {dtype} number"
+        raise ValueError(f"--{name} takes {expected}, not {text!r}") from error
 
 
-def describe(answer: Mapping[str, np.ndarray]) -> str:
-    """An answer to one example, a line for each output; `top_labels` and `top_scores` become a list."""
+def explained(error: ServerError, address: str) -> ValueError | ConnectionError:
+    """A failed call as a person at the command line needs it."""
+    if error.code == grpc.StatusCode.UNAVAILABLE:
+        return ConnectionError(f"no server answers at {address}; start one with make serve")
+    return ValueError(f"the server refuses ({error.code.name}): {error.details}")
+
+
+def describe(answer: Mapping[str, np.ndarray], *, top: int | None = None) -> str:
+    """An answer to one example, a line for each output; `top_labels` and `top_scores` become a list, or its `top`."""
     lines = []
     for name, value in sorted(answer.items(), key=lambda item: (item[0] not in FIRST, item[0])):
         if name in ("top_labels", "top_scores"):
             continue
         lines.append(f"{name:<10} {_show(value)}")
     if "top_labels" in answer:
-        for place, (label, score) in enumerate(zip(answer["top_labels"], answer["top_scores"], strict=True), start=1):
+        best = list(zip(answer["top_labels"], answer["top_scores"], strict=True))
+        for place, (label, score) in enumerate(best[:top], start=1):
             lines.append(f"{f'top {place}':<10} {_show(score)}  {_show(label)}")
     return "\n".join(lines)
 
