@@ -154,20 +154,26 @@ class Batching:
                 while queue.rows < rules.run_largest and (left := end - time.perf_counter()) > 0:
                     queue.more.wait(left)
             taken, rows = [], 0
-            while queue.tasks and rows + queue.tasks[0].rows <= rules.run_largest:
-                taken.append(queue.tasks.pop(0))
-                rows += taken[-1].rows
+            for one in queue.tasks:
+                if one.leads and one is not task:
+                    continue  # it is waking up, to lead a batch of its own
+                if rows + one.rows > rules.run_largest:
+                    break
+                taken.append(one)
+                rows += one.rows
+            queue.tasks = [one for one in queue.tasks if one not in taken]
             queue.rows -= rows
         if taken:  # another leader may have taken them while this one waited for more
             self._run(servable, taken, rows, feeds, fetches)
         with queue.lock:
             if task not in queue.tasks:
                 task.leads = False
-                if queue.tasks:
-                    queue.tasks[0].leads = True
-                    queue.tasks[0].said.release()
-                else:
+                next_ = next((one for one in queue.tasks if not one.leads), None)
+                if next_ is None:
                     queue.leaders -= 1
+                else:
+                    next_.leads = True
+                    next_.said.release()
         for done in taken:
             done.said.release()
 

@@ -4,8 +4,10 @@ Errors are TensorFlow Serving's, with its texts: servables/tensorflow/{predict_u
 multi_inference}.cc at 9d981c5c.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import grpc
 import numpy as np
@@ -31,18 +33,22 @@ from shared.serving.protocol import (
 from shared.serving.refusal import RefusedError, invalid
 from shared.serving.servable import DEFAULT, Servable
 
+LONG = 0.0005  # seconds from which a run is worth a change of threads
 CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
 ClassificationResult = message("tensorflow.serving.ClassificationResult")
 RegressionResult = message("tensorflow.serving.RegressionResult")
 
 
 class Stages:
-    """Where the time of one request goes, in seconds, and in how large a batch it ran."""
+    """Where the time of one request goes, in seconds, and in how large a batch it ran.
 
-    __slots__ = ("api", "batch", "decode", "encode", "examples", "model", "queue", "run")
+    `waiting` is a block in which another request may have this one's thread's place.
+    """
 
-    def __init__(self, api: str):
-        self.api, self.model = api, ""
+    __slots__ = ("api", "batch", "decode", "encode", "examples", "model", "queue", "run", "waiting")
+
+    def __init__(self, api: str, waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext):
+        self.api, self.model, self.waiting = api, "", waiting
         self.decode = self.queue = self.run = self.encode = 0.0
         self.batch, self.examples = 0, 0
 
@@ -73,12 +79,23 @@ class Inference:
     def _run(self, servable, feeds, fetches, arrays, stages, until) -> list[np.ndarray]:
         if until is not None and time.monotonic() > until:
             raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline exceeded")
-        if servable.batching is None:
-            outputs, stages.run, stages.batch = servable.run_alone(feeds, fetches, arrays)
-        else:
+        if servable.batching is not None:
             begun = time.perf_counter()
-            outputs, stages.run, stages.batch = servable.batching.run(servable, feeds, fetches, arrays, until)
+            with stages.waiting():
+                outputs, stages.run, stages.batch = servable.batching.run(servable, feeds, fetches, arrays, until)
             stages.queue = time.perf_counter() - begun - stages.run
+            return outputs
+        rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+        key = (feeds, fetches, rows.bit_length())
+        fastest = servable.fastest.get(key, 0.0)
+        begun = time.perf_counter()
+        if fastest > LONG:
+            with stages.waiting():
+                outputs = servable.run(feeds, fetches, arrays)
+        else:
+            outputs = servable.run(feeds, fetches, arrays)
+        stages.run, stages.batch = time.perf_counter() - begun, rows
+        servable.fastest[key] = min(stages.run, fastest * 1.01 or stages.run)
         return outputs
 
     def classify(

@@ -7,7 +7,6 @@ faster than one of a TensorFlow 2 signature, and closing it gives the memory bac
 import importlib
 import importlib.util
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ class Servable:
             self._session.close()
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
         self._callables: dict[Any, Any] = {}
+        self.fastest: dict[Any, float] = {}  # seconds of the fastest of late, by what was run and how many rows
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
         self._defaults = {key: {alias: tensors.from_proto(proto) for alias, proto in definition.defaults.items()}
@@ -64,12 +64,6 @@ class Servable:
             session.close()
 
         return close
-
-    def run_alone(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray]) -> tuple[list, float, int]:
-        """As `Batching.run`, for a request on its own: outputs, the seconds that they took, and examples."""
-        begun = time.perf_counter()
-        outputs = self.run(feeds, fetches, arrays)
-        return outputs, time.perf_counter() - begun, arrays[0].shape[0] if arrays and arrays[0].ndim else 1
 
     def bind(self, key: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] = ()) -> tuple[tuple, tuple, list]:
         """Check a Predict request's inputs and outputs against a signature.

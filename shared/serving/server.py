@@ -25,7 +25,7 @@ from shared.serving.servable import DEFAULT, Servable
 from shared.serving.watching import Metrics
 
 METRICS = "/monitoring/prometheus/metrics"
-SWITCH_SECONDS = 0.0005  # a thread that computes in Python gives way to one that answers so soon
+SWITCH_SECONDS = 0.002  # a thread that computes in Python gives way to one that answers so soon
 log = logging.getLogger("cornucopia.serve")
 
 
