@@ -33,8 +33,7 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
     try:
         # An endpoint that answers more than one kind of request names them all: signature -> function.
         signatures = getattr(endpoint, "signatures", {"serving_default": endpoint.__call__})
-        concrete = {name: function.get_concrete_function() for name, function in signatures.items()}
-        tf.saved_model.save(_state(endpoint, concrete.values()), str(candidate), signatures=concrete)
+        save(endpoint, candidate, signatures)
         extra = candidate / "assets.extra"
         extra.mkdir()
         _write_warm_up(extra / "tf_serving_warmup_requests", task_name, request)
@@ -44,6 +43,12 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
         shutil.rmtree(candidate, ignore_errors=True)
         raise
     return candidate
+
+
+def save(endpoint: tf.Module, folder: Path, signatures: Mapping[str, tf.types.experimental.PolymorphicFunction]) -> None:
+    """Write an endpoint's functions, each with its input signature, as a SavedModel that TensorFlow Serving restores."""
+    concrete = {name: function.get_concrete_function() for name, function in signatures.items()}
+    tf.saved_model.save(_state(endpoint, concrete.values()), str(folder), signatures=concrete)
 
 
 def publish(

@@ -53,7 +53,7 @@ def serving(tmp_path):
 
     @contextlib.contextmanager
     def serve():
-        command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=0"]
+        command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=-1"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
             try:

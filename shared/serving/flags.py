@@ -127,7 +127,7 @@ def _with_file(words: list[str]) -> list[str]:
 def _check(flags: Flags) -> None:
     if not flags.port and not flags.grpc_socket_path:
         raise ValueError("at least one of --port and --grpc_socket_path must be given")
-    if flags.rest_api_port and flags.rest_api_port == flags.port:
+    if flags.rest_api_port > 0 and flags.rest_api_port == flags.port:
         raise ValueError(f"--port and --rest_api_port are both {flags.port}; they must differ")
     if flags.batching_parameters_file and not flags.enable_batching:
         raise ValueError("--batching_parameters_file is given without --enable_batching")

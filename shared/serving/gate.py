@@ -19,7 +19,7 @@ class Gate:
         """Ask for a bearer token where one is given; admit `rate` requests a second and `most` at a time, 0: any."""
         self.set(token=token, rate=rate, most=most)
         self._lock = threading.Lock()
-        self._inside, self._left, self._at = 0, 1.0, time.monotonic()
+        self._inside, self._left, self._at = 0, max(1.0, rate), time.monotonic()
 
     def set(self, *, token: str, rate: float, most: int) -> None:
         """Change what is asked for; requests that are inside stay."""

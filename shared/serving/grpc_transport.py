@@ -243,9 +243,7 @@ class Grpc:
         request = protocol.GetModelMetadataRequest.FromString(data)
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
-        reply = self._core.inference.metadata(request)
-        stages.model = reply.model_spec.name
-        return reply.SerializeToString()
+        return self._core.inference.metadata(request).SerializeToString()
 
     def _status(self, data: bytes, stages: Stages, until: float | None) -> bytes:
         request = protocol.GetModelStatusRequest.FromString(data)

@@ -133,17 +133,18 @@ class Rest:
                 self._core.access("REST", stages, status, seconds, request.headers.get("X-Request-Id", ""))
         if "Server-Timing" in request.headers:
             headers["Server-Timing"] = timing(stages)
-        return web.Response(status=code, body=body, content_type=kind or None, headers=headers)
+        response = web.Response(status=code, body=body, content_type=kind, headers=headers)
+        if not request.content.at_eof():  # a body that was not read to its end: what follows it cannot be found
+            response.force_close()
+        return response
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
             return await asyncio.wait_for(request.read(), self._patience)
         except TimeoutError:
-            request.protocol.force_close()
             text = f"the body did not come within {self._patience:g} seconds"
             raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
         except web.HTTPRequestEntityTooLarge:
-            request.protocol.force_close()
             text = f"the body is larger than the {self._largest} bytes that this server takes"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
         except (web.RequestPayloadError, HttpProcessingError) as error:

@@ -1,0 +1,176 @@
+"""Requests that run together, against a stand-in for a version that says what ran."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+
+from shared.serving import batching, protocol
+from shared.serving.batching import Batching, Rules
+from shared.serving.refusal import RefusedError, invalid
+
+FEEDS, FETCHES = ("x:0",), ("y:0",)
+
+
+class Version:
+    """Doubles its input; refuses a batch with a 13 in it; remembers the batches that it ran."""
+
+    def __init__(self, seconds=0.05):
+        self.batches, self.seconds = [], seconds
+
+    def run(self, feeds, fetches, arrays):
+        self.batches.append(arrays[0].copy())
+        time.sleep(self.seconds)
+        if (arrays[0] == 13).any():
+            raise invalid("13 brings bad luck")
+        return [arrays[0] * 2]
+
+    @property
+    def sizes(self):
+        return [len(batch) for batch in self.batches]
+
+
+def ask_together(rules, requests, version=None):
+    """Send requests at the same time; the version, and each request's answer or error."""
+    version, together = version or Version(), Batching(rules)
+    answers = [None] * len(requests)
+
+    def ask(index):
+        try:
+            answers[index] = together.run(version, FEEDS, FETCHES, [requests[index]])[0][0]
+        except RefusedError as error:
+            answers[index] = error
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.002)  # in this order
+    for thread in threads:
+        thread.join(20)
+    return version, answers
+
+
+def row(value, width=2):
+    return np.full((1, width), value, np.float32)
+
+
+def test_what_comes_while_a_batch_runs_is_the_next():
+    version, answers = ask_together(Rules(threads=1), [row(index) for index in range(8)])
+    assert version.sizes == [1, 7]  # alone there is nothing to wait for
+    assert [answer[0, 0] for answer in answers] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert all(answer.shape == (1, 2) for answer in answers)
+
+
+def test_a_wait_fills_the_first_batch_and_a_full_one_does_not_wait():
+    version, _ = ask_together(Rules(threads=1, wait=0.2), [row(index) for index in range(4)])
+    assert version.sizes == [4]
+    begun = time.monotonic()
+    version, _ = ask_together(Rules(threads=1, wait=5.0, largest=4, run_largest=4), [row(index) for index in range(4)])
+    assert version.sizes == [4]
+    assert time.monotonic() - begun < 2
+
+
+def test_many_in_many_threads_each_get_their_own():
+    for rules in (Rules(threads=2, largest=8, run_largest=8, waiting=1000), Rules(threads=3, wait=0.001, waiting=1000)):
+        version, answers = ask_together(rules, [row(index) for index in range(20, 120)], Version(0.001))
+        assert [answer[0, 0] for answer in answers] == [2.0 * index for index in range(20, 120)]
+        assert sum(version.sizes) == 100
+
+
+def test_a_bad_request_fails_alone():
+    version, answers = ask_together(Rules(threads=1), [row(value) for value in (1, 2, 13, 4)])
+    assert str(answers[2]) == "13 brings bad luck"
+    assert [answers[index][0, 0] for index in (0, 1, 3)] == [2, 4, 8]
+    assert version.sizes == [1, 3, 1, 1, 1]
+
+
+def test_sizes_are_filled_with_the_first_row():
+    rules = Rules(threads=1, sizes=(1, 4, 8), largest=8, run_largest=8)
+    version, answers = ask_together(rules, [row(index) for index in range(4)])
+    assert version.sizes == [1, 4]
+    assert version.batches[1][:, 0].tolist() == [1, 2, 3, 1]
+    assert [len(answer) for answer in answers] == [1, 1, 1, 1]
+
+
+def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
+    requests = [row(1, 2), row(2, 2), row(3, 3), row(4, 3)]
+    version, answers = ask_together(Rules(threads=1), requests)
+    assert {batch.shape[1] for batch in version.batches} == {2, 3}
+    assert [answer.shape for answer in answers] == [(1, 2), (1, 2), (1, 3), (1, 3)]
+    version, answers = ask_together(Rules(threads=1, pad=True), requests)
+    assert [batch.shape for batch in version.batches] == [(1, 2), (3, 3)]
+    assert version.batches[1].tolist() == [[2, 2, 2], [3, 3, 3], [4, 4, 4]]
+    assert answers[1].shape == (1, 3)
+
+
+def test_large_requests():
+    large = np.arange(9, dtype=np.float32)[:, None]
+    _, (refused,) = ask_together(Rules(largest=8, run_largest=8), [large])
+    assert str(refused) == "Task size 9 is larger than maximum input batch size 8"
+    version, (answer,) = ask_together(Rules(largest=8, run_largest=4, split=True), [large])
+    assert version.sizes == [4, 4, 1]
+    assert answer[:, 0].tolist() == [2.0 * index for index in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ([], "must have at least one input tensor"),
+        ([np.float32(1)], "must have at least one dimension"),
+        ([np.ones(2), np.ones(3)], "must have equal 0th-dimension size"),
+    ],
+)
+def test_what_cannot_be_batched(arrays, text):
+    with pytest.raises(RefusedError, match=text):
+        Batching(Rules()).run(Version(), FEEDS, FETCHES, arrays)
+
+
+def test_outputs_must_have_a_row_for_each_example():
+    class Sums(Version):
+        def run(self, feeds, fetches, arrays):
+            return [arrays[0].sum(0)]
+
+    with pytest.raises(RefusedError, match="0th dimension does not equal the sum") as error:
+        Batching(Rules()).run(Sums(), FEEDS, FETCHES, [np.ones((3, 2), np.float32)])
+    assert error.value.code.name == "FAILED_PRECONDITION"
+
+
+def test_a_full_queue_and_a_deadline_refuse():
+    version, together = Version(seconds=0.5), Batching(Rules(threads=1, waiting=1, largest=2, run_largest=2))
+    busy = [threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)])) for _ in range(3)]
+    for thread in busy:
+        thread.start()
+        time.sleep(0.05)
+    with pytest.raises(RefusedError, match="batch scheduling queue to which this task was submitted is full") as error:
+        together.run(version, FEEDS, FETCHES, [row(2)])
+    assert error.value.code.name == "UNAVAILABLE"
+    for thread in busy:
+        thread.join()
+    busy = threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)]))
+    busy.start()
+    time.sleep(0.05)
+    with pytest.raises(RefusedError) as error:
+        together.run(version, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
+    assert error.value.code.name == "DEADLINE_EXCEEDED"
+    busy.join()
+
+
+def test_rules_of_a_file():
+    text = """max_batch_size { value: 32 } batch_timeout_micros { value: 2000 } num_batch_threads { value: 3 }
+              max_enqueued_batches { value: 7 } allowed_batch_sizes: 8 allowed_batch_sizes: 32
+              pad_variable_length_inputs: true"""
+
+    def read(text):
+        found = text_format.Parse(text, protocol.BatchingParameters(), descriptor_pool=protocol.pool)
+        return batching.rules(found, threads=2)
+
+    assert read(text) == Rules(32, 0.002, 7, 3, (8, 32), True, False, 32)
+    assert read("") == Rules(1000, 0.0, 10, 2, (), False, False, 1000)  # as TensorFlow Serving's
+    split = "max_batch_size { value: 64 } enable_large_batch_splitting { value: true } max_execution_batch_size { value: 16 }"
+    assert read(split).run_largest == 16
+    with pytest.raises(ValueError, match=r"allowed_batch_sizes \[4, 2\] must rise"):
+        read("allowed_batch_sizes: 4 allowed_batch_sizes: 2")
+    with pytest.raises(ValueError, match=r"end in the largest batch, 1000"):
+        read("allowed_batch_sizes: 4")

@@ -1,0 +1,361 @@
+"""The flags of the server, in both spellings, and what each does where another test does not show it."""
+
+import json
+import logging
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import serving_models
+import tensorflow as tf
+
+from shared.serving import flags, load, protocol, server
+from shared.serving.client import Client, ServerError
+from shared.serving.flags import Flags, parse
+
+X = {"x": np.ones((1, 2), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    serving_models.save(serving_models.Affine(), root / "affine" / "1")
+    return root
+
+
+def serving(tree, **changes):
+    return server.Server(Flags(models=str(tree), **{"port": -1, "max_num_load_retries": 0, **changes}))
+
+
+def get(address, path, **headers):
+    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return reply.status, reply.headers, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def test_upstreams_spelling():
+    found, warnings = parse(
+        ["--port=9000", "--rest_api_port=9001", "--model_name=m", "--model_base_path=/models/m",
+         "--enable_batching=true", "--enable_model_warmup=false", "--tensorflow_session_parallelism=2",
+         "--enable_profiler=false", "--xla_cpu_compilation_enabled"]
+    )  # fmt: skip
+    assert (found.port, found.rest_api_port, found.model_name, found.model_base_path) == (9000, 9001, "m", "/models/m")
+    assert (found.enable_batching, found.enable_model_warmup) == (True, False)
+    assert [warning.split()[0] for warning in warnings] == ["--enable_profiler", "--xla_cpu_compilation_enabled"]
+    assert parse(["--enable-batching", "--no-enable-model-warmup"])[0].enable_batching
+
+
+def test_upstreams_defaults():
+    expected = {
+        "port": 8500, "rest_api_port": 0, "rest_api_timeout_in_ms": 30000, "model_name": "default",
+        "model_config_file_poll_wait_seconds": 0, "file_system_poll_wait_seconds": 1, "max_num_load_retries": 5,
+        "load_retry_interval_micros": 60_000_000, "enable_batching": False, "saved_model_tags": "serve",
+        "allow_version_labels_for_unavailable_models": False, "enable_model_warmup": True,
+        "rest_api_enable_cors_support": False, "enable_signature_method_name_check": False,
+        "enable_serialization_as_tensor_content": False,
+    }  # fmt: skip
+    assert {name: getattr(Flags(), name) for name in expected} == expected
+
+
+WRONG = {
+    "no port": (["--port=0"], "at least one of --port and --grpc_socket_path"),
+    "same port": (["--rest_api_port=8500"], "they must differ"),
+    "batching": (["--batching_parameters_file=x"], "without --enable_batching"),
+    "two sources": (["--models=a", "--model_base_path=b"], "each say which models to serve"),
+    "threads": (["--tensorflow_session_parallelism=1", "--tensorflow_intra_op_parallelism=1"], "excludes"),
+    "share": (["--request_log_rate=2"], "a share from 0 to 1, not 2"),
+    "boolean": (["--enable_batching=perhaps"], "takes true or false, not 'perhaps'"),
+    "format": (["--log_format=xml"], "text or json, not xml"),
+}
+
+
+@pytest.mark.parametrize(("words", "text"), WRONG.values(), ids=WRONG.keys())
+def test_flags_that_contradict_each_other(words, text):
+    with pytest.raises(ValueError, match=text):
+        parse(words)
+
+
+def test_unknown_flag_is_answered_without_tensorflow(cornucopia):
+    done = cornucopia("serve", "--prot=1", expect=2)
+    assert "prot" in done.stderr + done.stdout
+
+
+def test_flag_file_and_its_reload(tree, tmp_path):
+    (tmp_path / "flags").write_text(f"# a comment\n--models={tree}\n--port=-1\n--rest_api_port=-1\n")
+    command = [Path(sys.executable).with_name("cornucopia"), "serve", "--flagfile=flags", "--log_format=json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        seen = ""
+        while "REST on" not in seen:
+            seen += process.stdout.readline()
+        address = re.search(r"REST on http://(\S+);", seen)[1]
+        assert get(address, "/v1/models/affine")[0] == 200
+        (tmp_path / "token").write_text("secret\n")
+        with (tmp_path / "flags").open("a") as file:
+            file.write("--token_file=token\n--access_log\n--drain_seconds=1\n")
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while get(address, "/v1/models/affine")[0] != 401:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert get(address, "/v1/models/affine", Authorization="Bearer secret")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in process.stderr if line.startswith("{")]
+    assert process.returncode == 0
+    assert any(line.get("message") == "--drain_seconds takes effect at the next start" for line in lines)
+    assert any(line.get("entrypoint") == "REST" and line["status"] == "UNAUTHENTICATED" for line in lines)
+
+
+def test_token(tree, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    with serving(tree, token_file=str(tmp_path / "token"), rest_api_port=-1) as one:
+        with Client(one.address, retries=0) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
+            client.predict("affine", X)
+        with Client(one.address, token="wrong", retries=0) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
+            client.predict("affine", X)
+        for address in (one.address, f"http://{one.rest_address}"):
+            with Client(address, token="secret") as client:
+                assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+        assert get(one.rest_address, "/livez")[0] == 200  # a platform asks without one
+        assert get(one.rest_address, "/models")[0] == 401
+
+
+def test_limits(tree):
+    with serving(tree, max_requests_per_second=5.0, rest_api_port=-1) as one, Client(one.address, retries=0) as client:
+        refused = 0
+        for _ in range(20):
+            try:
+                client.predict("affine", X)
+            except ServerError as error:
+                assert error.code.name == "RESOURCE_EXHAUSTED"
+                refused += 1
+        assert 5 <= refused <= 18
+        assert 429 in {get(one.rest_address, "/v1/models/affine")[0] for _ in range(10)}
+    with serving(tree, max_request_bytes=10_000, rest_api_port=-1) as one:
+        for address in (one.address, f"http://{one.rest_address}"):
+            with Client(address, retries=0) as client:
+                assert client.predict("affine", X)["y"].shape == (1, 2)
+                with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED"):
+                    client.predict("affine", {"x": np.ones((10_000, 2), np.float32)})
+
+
+def test_gate_admits_so_many_at_a_time():
+    from shared.serving.gate import Gate
+    from shared.serving.refusal import RefusedError
+
+    gate = Gate(most=2)
+    gate.enter("")
+    gate.enter("")
+    with pytest.raises(RefusedError, match="2 requests are being answered"):
+        gate.enter("")
+    gate.leave()
+    gate.enter("")
+
+
+def test_request_log_is_a_warm_up_and_an_evaluation_set(tree, tmp_path):
+    with serving(tree, request_log=str(tmp_path / "log" / "requests"), request_log_rate=1.0, rest_api_port=-1) as one:
+        for address in (one.address, f"http://{one.rest_address}"):
+            with Client(address) as client:
+                client.predict("affine", X)
+    (path,) = (tmp_path / "log").glob("requests-*.tfrecord")
+    logs = [protocol.PredictionLog.FromString(record) for record in load.records(path)]
+    assert len(logs) == 2
+    for log in logs:
+        assert log.predict_log.request.model_spec.name == "affine"
+        assert list(log.predict_log.response.outputs["y"].float_val) == [3.0, 3.0]
+    version = tmp_path / "models" / "affine" / "1"
+    serving_models.save(serving_models.Affine(), version)
+    (version / "assets.extra").mkdir()
+    path.rename(version / "assets.extra" / "tf_serving_warmup_requests")
+    with serving(tmp_path / "models", rest_api_port=-1) as one:
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    assert ':tensorflow:serving:model_warmup_latency_count{model_path="affine",status="OK"} 1' in text
+
+
+def test_a_warm_up_that_fails_fails_the_version(tree, tmp_path):
+    version = tmp_path / "models" / "affine" / "1"
+    serving_models.save(serving_models.Affine(), version)
+    extra = version / "assets.extra"
+    extra.mkdir()
+    log = protocol.PredictionLog()
+    log.predict_log.request.model_spec.name = "affine"
+    with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
+        writer.write(log.SerializeToString())
+    with pytest.raises(ValueError, match=r"warm-up request 0 fails: input size does not match signature"):
+        serving(tmp_path / "models")
+    with serving(tmp_path / "models", enable_model_warmup=False) as one, Client(one.address) as client:
+        assert client.predict("affine", X)["y"].shape == (1, 2)
+
+
+def test_content_in_answers(tree):
+    with serving(tree, enable_serialization_as_tensor_content=True) as one, grpc.insecure_channel(one.address) as channel:
+        from shared.serving.client import request
+
+        call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict",
+                                   response_deserializer=protocol.PredictResponse.FromString)  # fmt: skip
+        reply = call(request("affine", X).SerializeToString())
+        assert reply.outputs["y"].tensor_content == np.array([3, 3], "<f4").tobytes()
+        assert not reply.outputs["y"].float_val
+
+
+def test_batching_in_a_server(tree, tmp_path):
+    (tmp_path / "batching").write_text("max_batch_size { value: 4 } allowed_batch_sizes: 2 allowed_batch_sizes: 4")
+    changes = {"enable_batching": True, "batching_parameters_file": str(tmp_path / "batching"), "rest_api_port": -1}
+    with serving(tree, **changes) as one, Client(one.address, retries=0) as client:
+        assert client.predict("affine", {"x": np.ones((3, 2), np.float32)})["y"].shape == (3, 2)
+        with pytest.raises(ServerError, match="Task size 5 is larger than maximum input batch size 4"):
+            client.predict("affine", {"x": np.ones((5, 2), np.float32)})
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+        assert ':cornucopia:serving:batch_size_sum{model_name="affine",API="Predict"} 3' in text
+    (tmp_path / "batching").write_text("allowed_batch_sizes: 4 allowed_batch_sizes: 2")
+    with pytest.raises(ValueError, match="must rise"):
+        serving(tree, **changes)
+
+
+def test_signature_method_names(tree):
+    with serving(tree, enable_signature_method_name_check=True) as one, Client(one.address) as client:
+        assert client.predict("affine", X)["y"].shape == (1, 2)
+        with pytest.raises(ServerError, match="Expected classification signature method_name to be"):
+            client.classify("affine", [{"x": 1.0}])
+
+
+def test_unix_socket(tree, tmp_path):
+    with serving(tree, port=0, grpc_socket_path=str(tmp_path / "socket")), Client(f"unix:{tmp_path / 'socket'}") as client:
+        assert client.predict("affine", X)["y"].shape == (1, 2)
+
+
+def test_cors(tree):
+    with serving(tree, rest_api_port=-1, rest_api_enable_cors_support=True) as one:
+        assert get(one.rest_address, "/v1/models/affine")[1]["Access-Control-Allow-Origin"] == "*"
+        request = urllib.request.Request(f"http://{one.rest_address}/v1/models/affine:predict", method="OPTIONS",
+                                         headers={"Origin": "http://example.org"})  # fmt: skip
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            assert reply.headers["Access-Control-Allow-Methods"] == "POST, GET"
+    with serving(tree, rest_api_port=-1) as one:
+        assert "Access-Control-Allow-Origin" not in get(one.rest_address, "/v1/models/affine")[1]
+
+
+def test_rest_timeout(tmp_path):
+    class Slow(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+        def __call__(self, x):
+            return {"y": tf.while_loop(lambda i, y: i < 10_000_000, lambda i, y: (i + 1, y), [0, x])[1]}
+
+    serving_models.save(Slow(), tmp_path / "slow" / "1")
+    with serving(tmp_path, rest_api_port=-1, rest_api_timeout_in_ms=200) as one:
+        request = urllib.request.Request(f"http://{one.rest_address}/v1/models/slow:predict", b'{"inputs": [1]}')
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=20)
+        assert error.value.code == 504
+
+
+def test_metrics_config(tree, tmp_path):
+    for text, path, code in (
+        ('prometheus_config { enable: true path: "/metrics" }', "/metrics", 200),
+        ("prometheus_config { enable: true }", "/monitoring/prometheus/metrics", 200),
+        ("", "/monitoring/prometheus/metrics", 404),
+    ):
+        (tmp_path / "monitoring").write_text(text)
+        with serving(tree, rest_api_port=-1, monitoring_config_file=str(tmp_path / "monitoring")) as one:
+            assert get(one.rest_address, path)[0] == code
+
+
+def certificate(folder):
+    """A key and a certificate for 127.0.0.1 that is its own authority."""
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key"), "-out", str(folder / "cert")]  # fmt: skip
+    try:
+        subprocess.run(words, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed; it makes the certificate")
+    return folder / "key", folder / "cert"
+
+
+def test_mutual_tls(tree, tmp_path):
+    key, cert = certificate(tmp_path)
+    assert ssl.create_default_context(cafile=cert)
+    quoted = {name: path.read_text().replace("\n", "\\n") for name, path in (("key", key), ("cert", cert))}
+    (tmp_path / "ssl").write_text(f'server_key: "{quoted["key"]}" server_cert: "{quoted["cert"]}" '
+                                  f'custom_ca: "{quoted["cert"]}" client_verify: true')  # fmt: skip
+    with serving(tree, ssl_config_file=str(tmp_path / "ssl")) as one:
+        with Client(one.address, certificate=(cert, key, cert)) as client:
+            assert client.predict("affine", X)["y"].shape == (1, 2)
+        with Client(one.address, certificate=(cert,), retries=0) as client, pytest.raises(ServerError, match="UNAVAILABLE"):
+            client.predict("affine", X)
+    (tmp_path / "ssl").write_text('server_key: "x"')
+    with pytest.raises(ValueError, match="must hold server_key and server_cert"):
+        serving(tree, ssl_config_file=str(tmp_path / "ssl"))
+
+
+def test_taken_ports(tree):
+    with serving(tree, rest_api_port=-1) as one:
+        with pytest.raises(OSError, match=f"port {one.port} of 127.0.0.1 cannot be had"):
+            serving(tree, port=one.port)
+        rest = int(one.rest_address.rpartition(":")[2])
+        with pytest.raises(OSError, match=f"port {rest} of 127.0.0.1 cannot be had"):
+            serving(tree, rest_api_port=rest)
+
+
+def test_beside_the_contract(tree):
+    with serving(tree, rest_api_port=-1) as one, Client(one.address) as client:
+        client.predict("affine", X)
+        assert get(one.rest_address, "/readyz")[::2] == (200, "ok\n")
+        assert json.loads(get(one.rest_address, "/models")[2]) == {"affine": {"versions": [1], "latest": 1}}
+        document = json.loads(get(one.rest_address, "/openapi.json")[2])
+        body = document["paths"]["/v1/models/affine:predict"]["post"]["requestBody"]["content"]["application/json"]
+        columns, rows = body["schema"]["anyOf"][0]["anyOf"]
+        assert (columns["required"], rows["required"]) == (["inputs"], ["instances"])
+        tensor = columns["properties"]["inputs"]["anyOf"][0]["properties"]["x"]
+        wanted = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}}
+        assert tensor == wanted
+        with grpc.insecure_channel(one.address) as channel:
+            call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+            from shared.serving.client import request
+
+            asked = (("x-request-id", "abc"), ("server-timing", "1"))
+            _, done = call.with_call(request("affine", X).SerializeToString(), metadata=asked)
+        back = dict(done.trailing_metadata())
+        assert back["x-request-id"] == "abc"
+        assert set(load.stages(back["server-timing"])) == {"decode", "queue", "run", "encode", "batch"}
+        headers = get(one.rest_address, "/v1/models/affine", **{"X-Request-Id": "def"})[1]
+        assert headers["X-Request-Id"] == "def"
+
+
+def test_metrics_are_what_prometheus_reads(tree):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with serving(tree, rest_api_port=-1) as one, Client(one.address, retries=0) as client:
+        for _ in range(3):
+            client.predict("affine", X)
+        with pytest.raises(ServerError):
+            client.predict("affine", {"z": 1.0})
+        families = list(text_string_to_metric_families(get(one.rest_address, "/monitoring/prometheus/metrics")[2]))
+    samples = {(sample.name, *sorted(sample.labels.items())): sample.value for one in families for sample in one.samples}
+    count = ":tensorflow:serving:request_count_total"  # so the parser calls what is there without _total
+    assert samples[count, ("model_name", "affine"), ("status", "OK")] == 3
+    assert samples[count, ("model_name", "affine"), ("status", "INVALID_ARGUMENT")] == 1
+    labels = (("API", "Predict"), ("entrypoint", "GRPC"), ("model_name", "affine"))
+    assert samples[":tensorflow:serving:request_latency_count", *labels] == 4
+    assert samples[":tensorflow:serving:runtime_latency_count", ("API", "Predict"), ("model_name", "affine"),
+                   ("runtime", "TF1")] == 3  # fmt: skip
+    for stage in ("decode", "queue", "run", "encode"):
+        key = (":cornucopia:serving:stage_latency_count", ("API", "Predict"), ("model_name", "affine"), ("stage", stage))
+        assert samples[key] == 3
+
+
+def test_every_flag_is_told_in_the_help(cornucopia):
+    told = cornucopia("serve", "--help").stdout
+    for name in flags.Flags.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in told

@@ -1,0 +1,336 @@
+"""Versions come, go and are swapped while requests go on."""
+
+import gc
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import serving_models
+from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
+
+from shared.serving import protocol
+from shared.serving.client import Client, ServerError
+from shared.serving.flags import Flags
+from shared.serving.server import Server
+
+X = np.ones((1, 2), np.float32)
+FAST = {"port": -1, "file_system_poll_wait_seconds": 0.05, "max_num_load_retries": 0}
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    """Saved versions of a model, by the factor that tells them apart."""
+    root = tmp_path_factory.mktemp("versions")
+    for scale in (1, 2, 3):
+        serving_models.save(serving_models.Affine(float(scale)), root / str(scale))
+    return root
+
+
+@pytest.fixture
+def base(tmp_path, versions):
+    """The base path of a model, with its first version."""
+    publish(versions, tmp_path / "models" / "affine", 1)
+    return tmp_path / "models" / "affine"
+
+
+def publish(versions, base, number, scale=None):
+    """As a publisher should: under a name that no server reads, then renamed."""
+    base.mkdir(parents=True, exist_ok=True)
+    part = base / f".part-{number}"
+    shutil.copytree(versions / str(scale or number), part)
+    part.rename(base / str(number))
+
+
+def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+    return found
+
+
+def states(client, model="affine"):
+    return {number: state for number, (state, _) in client.status(model).items()}
+
+
+def answer(client, **choice):
+    return float(client.predict("affine", {"x": X}, **choice)["y"][0, 0]) - 1
+
+
+def test_swap_and_roll_back_without_a_failed_request(base, versions):
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address, retries=0) as client:
+        assert answer(client) == 1
+        seen, failed, stop = set(), [], threading.Event()
+
+        def ask():
+            while not stop.is_set():
+                try:
+                    seen.add(answer(client))
+                except ServerError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        publish(versions, base, 2)
+        until(lambda: states(client) == {2: "AVAILABLE", 1: "END"})
+        publish(versions, base, 3)
+        until(lambda: states(client) == {3: "AVAILABLE", 2: "END", 1: "END"})
+        shutil.rmtree(base / "3")  # back to the one before
+        until(lambda: states(client) == {3: "END", 2: "AVAILABLE", 1: "END"})
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        assert seen == {1, 2, 3}
+        assert answer(client) == 2
+
+
+def test_bad_versions_displace_nothing(base, versions, caplog):
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address, retries=0) as client:
+        with caplog.at_level(logging.CRITICAL, "cornucopia.serve"):
+            (base / "2").mkdir()  # nothing in it yet
+            until(lambda: states(client).get(2) == "END")
+            shutil.copytree(versions / "2", base / "3", ignore=shutil.ignore_patterns("variables*"))  # half copied
+            until(lambda: states(client).get(3) == "END")
+            (base / "4").mkdir()
+            (base / "4" / "saved_model.pb").write_bytes(b"nonsense")
+            until(lambda: states(client).get(4) == "END")
+        assert answer(client) == 1
+        assert "parse" in client.status("affine")[4][1]
+        publish(versions, base, 5, scale=2)  # a good one wins
+        until(lambda: answer(client) == 2)
+        with pytest.raises(ServerError, match=r"NOT_FOUND: Servable not found for request: Specific\(affine, 3\)"):
+            answer(client, version=3)
+
+
+def test_a_failed_load_is_tried_again(base, versions, caplog):
+    flags = Flags(models=str(base.parent), port=-1, file_system_poll_wait_seconds=0.05, max_num_load_retries=1000,
+                  load_retry_interval_micros=50_000)  # fmt: skip
+    with Server(flags) as server, Client(server.address) as client:
+        with caplog.at_level(logging.CRITICAL, "cornucopia.serve"):
+            (base / "2").mkdir()
+            until(lambda: client.status("affine").get(2, ("", ""))[1])
+            assert states(client)[2] == "LOADING"
+            shutil.copytree(versions / "2", base / "2", dirs_exist_ok=True)
+            until(lambda: states(client)[2] == "AVAILABLE")
+        assert client.status("affine")[2] == ("AVAILABLE", "")
+
+
+def test_a_request_in_flight_ends_on_its_version_which_then_goes(base, versions):
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address) as client:
+        held = server.core.models.find(protocol.ModelSpec(name="affine"))
+        publish(versions, base, 2)
+        until(lambda: states(client) == {2: "AVAILABLE", 1: "UNLOADING"})
+        feeds, fetches, arrays = held.bind("serving_default", {"x": X})
+        assert held.run(feeds, fetches, arrays)[0].tolist() == [[2.0, 2.0]]
+        del held
+        until(lambda: states(client)[1] == "END")
+
+
+def test_memory_comes_back(tmp_path):
+    """Ten swaps of a version with 40 MB of weights leave no ten times 40 MB behind."""
+    import tensorflow as tf
+
+    class Large(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = tf.Variable(tf.random.stateless_uniform([10_000_000], [1, 2]))
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+        def __call__(self, x):
+            return {"y": x + self.weights[0]}
+
+    base = tmp_path / "models" / "large"
+    serving_models.save(Large(), base / "1")
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address) as client:
+        resident = []
+        for number in range(2, 9):
+            (base / str(number - 1)).rename(base / str(number))
+            until(lambda number=number: states(client, "large").get(number) == "AVAILABLE"
+                  and states(client, "large")[number - 1] == "END")  # fmt: skip
+            gc.collect()
+            resident.append(psutil.Process().memory_info().rss)
+    assert resident[-1] - resident[1] < 80e6
+
+
+POLICIES = {
+    "": {3},
+    "model_version_policy { latest { num_versions: 2 } }": {2, 3},
+    "model_version_policy { all {} }": {1, 2, 3},
+    "model_version_policy { specific { versions: 1 versions: 3 versions: 9 } }": {1, 3},
+}
+
+
+def config(base, policy="", name="affine"):
+    return (f'model_config_list {{ config {{ name: "{name}" base_path: "{base}" model_platform: "tensorflow" {policy} '
+            "} }")  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "expected"), POLICIES.items(), ids=["latest", "two", "all", "specific"])
+def test_policies(base, versions, tmp_path, policy, expected):
+    for number in (2, 3):
+        publish(versions, base, number)
+    (tmp_path / "config").write_text(config(base, policy))
+    with Server(Flags(model_config_file=str(tmp_path / "config"), **FAST)) as server, Client(server.address) as client:
+        until(lambda: set(states(client)) == expected and set(states(client).values()) == {"AVAILABLE"})
+        assert answer(client) == max(expected)
+
+
+def test_labels_and_reload(base, versions, tmp_path):
+    publish(versions, base, 2)
+    policy = "model_version_policy { all {} } "
+    (tmp_path / "config").write_text(config(base, policy + 'version_labels { key: "stable" value: 1 }'))
+    flags = {"model_config_file": str(tmp_path / "config"), "model_config_file_poll_wait_seconds": 1, **FAST}
+    with pytest.raises(ValueError, match=r"Request to assign label to version 1 of model affine, which is not current"):
+        Server(Flags(**flags))
+    with Server(Flags(**flags, allow_version_labels_for_unavailable_models=True)) as server, Client(server.address) as client:
+        until(lambda: set(states(client).values()) == {"AVAILABLE"} and len(states(client)) == 2)
+        assert answer(client, label="stable") == 1
+        with pytest.raises(ServerError, match="INVALID_ARGUMENT: Unrecognized servable version label: new"):
+            answer(client, label="new")
+        moved = config(base, policy + 'version_labels { key: "stable" value: 2 } version_labels { key: "old" value: 1 }')
+        (tmp_path / "config").write_text(moved)
+        until(lambda: answer(client, label="stable") == 2)
+        assert answer(client, label="old") == 1
+        (tmp_path / "config").write_text("nonsense {")  # is logged, and changes nothing
+        time.sleep(1.2)
+        assert answer(client, label="old") == 1
+
+
+def test_reload_over_grpc(base, versions, tmp_path):
+    publish(versions, tmp_path / "more" / "other", 3)
+    with Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server, Client(server.address) as client:
+        import grpc
+
+        with grpc.insecure_channel(server.address) as channel:
+            stub = model_service_pb2_grpc.ModelServiceStub(channel)
+
+            def reload(*found, **labels):
+                request = model_management_pb2.ReloadConfigRequest(
+                    metric_names=["/tensorflow/serving/request_count"]
+                )  # fmt: skip
+                for name, path in found:
+                    one = request.config.model_config_list.config.add(name=name, base_path=str(path))
+                    one.model_platform = "tensorflow"
+                    for label, number in labels.items():
+                        one.version_labels[label] = number
+                return stub.HandleReloadConfigRequest(request, timeout=20)
+
+            def refused(*found, **labels):
+                with pytest.raises(grpc.RpcError) as error:
+                    reload(*found, **labels)
+                return error.value.code().name, error.value.details()
+
+            reply = reload(("affine", base), ("other", tmp_path / "more" / "other"))
+            assert reply.metric[0].name == "/tensorflow/serving/request_count"
+            assert float(client.predict("other", {"x": X})["y"][0, 0]) == 4  # it answers when the call has returned
+            assert refused(("affine", base), ("affine", base)) == (
+                "INVALID_ARGUMENT", "Illegal to list model affine multiple times in config list")  # fmt: skip
+            assert refused(("affine", "relative"))[0] == "INVALID_ARGUMENT"
+            assert refused(("affine", base), best=9) == (
+                "FAILED_PRECONDITION", "Request to assign label to version 9 of model affine, which is not currently "
+                "available for inference")  # fmt: skip
+            assert answer(client) == 1  # nothing changed
+            reload(("other", tmp_path / "more" / "other"))  # affine is gone
+            until(lambda: states(client) == {1: "END"})
+            with pytest.raises(ServerError, match="NOT_FOUND"):
+                answer(client)
+
+
+def test_a_vanished_base_path_changes_nothing_and_an_empty_one_unloads(base, caplog):
+    with Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server, Client(server.address) as client:
+        with caplog.at_level(logging.CRITICAL, "cornucopia.serve"):
+            base.rename(base.parent / "away")
+            time.sleep(0.3)
+            assert answer(client) == 1
+            (base.parent / "away").rename(base)
+        shutil.rmtree(base / "1")
+        until(lambda: states(client) == {1: "END"})
+
+
+def test_new_models_of_a_tree_are_served(base, versions):
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address, retries=0) as client:
+        publish(versions, base.parent / "second", 2)
+
+        def served():
+            try:
+                return client.predict("second", {"x": X})["y"][0, 0] == 3
+            except ServerError:
+                return False
+
+        until(served)
+
+
+def test_start_fails_with_what_is_wrong(base, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model is below"):
+        Server(Flags(models=str(tmp_path / "none"), **FAST))
+    (base / "1" / "saved_model.pb").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"Failed to start server. Error: 1 servable\(s\) did not become available: .*affine"):
+        Server(Flags(models=str(base.parent), **FAST))
+    (tmp_path / "config").write_text("model_config_list {")
+    with pytest.raises(ValueError, match=r"Error parsing text-format tensorflow.serving.ModelServerConfig"):
+        Server(Flags(model_config_file=str(tmp_path / "config"), **FAST))
+
+
+def started(cwd, *flags):
+    command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=-1", *flags]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_path):
+    waiting = tmp_path / "empty" / "late"
+    waiting.mkdir(parents=True)
+    with started(tmp_path, f"--model_base_path={waiting}", "--file_system_poll_wait_seconds=0.1") as process:
+        os.set_blocking(process.stdout.fileno(), False)
+        time.sleep(6.0)
+        assert process.stdout.readline() == ""  # alive, and no port: nothing answers yet
+        assert process.poll() is None
+        publish(versions, waiting, 1)
+        os.set_blocking(process.stdout.fileno(), True)
+        seen = ""
+        while "gRPC on" not in seen:
+            seen += process.stdout.readline()
+        address = seen.split("gRPC on ")[1].split(";")[0]
+        with Client(address, retries=0) as client:
+            failed, answered, stop = [], [], threading.Event()
+
+            def ask():
+                while not stop.is_set():
+                    try:
+                        answered.append(client.predict("default", {"x": X}))
+                    except ServerError as error:
+                        failed.append(error)
+                        return
+
+            thread = threading.Thread(target=ask)
+            thread.start()
+            until(lambda: len(answered) > 50)
+            process.send_signal(signal.SIGTERM)
+            thread.join()
+        assert {error.code.name for error in failed} == {"UNAVAILABLE"}  # refused at the door, none broken off
+    assert process.returncode == 0
+
+
+def test_sigterm_while_it_waits_ends_it(tmp_path):
+    (tmp_path / "late").mkdir()
+    with started(tmp_path, f"--model_base_path={tmp_path / 'late'}") as process:
+        time.sleep(5.0)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
+def test_exit_code_of_a_failed_start(tmp_path):
+    with started(tmp_path, f"--models={tmp_path}") as process:
+        said = process.stderr.read()
+    assert process.returncode == 255
+    assert "no model is below" in said
