@@ -191,9 +191,9 @@ class Grpc:
     def _predict(self, data: bytes, stages: Stages, until: float | None) -> bytes:
         begun = time.perf_counter()
         request = protocol.PredictRequest.FromString(data)
-        if not request.HasField("model_spec"):
-            raise invalid("Missing ModelSpec")
         spec = request.model_spec
+        if not spec.name and not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
         servable = self._core.models.find(spec)
         stages.model = servable.name
         key = spec.signature_name or DEFAULT

@@ -52,6 +52,11 @@ class Servable:
         self.fastest: dict[Any, float] = {}  # seconds of the fastest of late, by what was run and how many rows
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
+        for key, definition in self.definitions.items():
+            if key.startswith("__") or not _takes_arrays(definition):
+                continue
+            feeds, _, _, fetches = self._callables[key] = _plan(definition)
+            self._callables[feeds, fetches] = _callable(self._session, feeds, fetches)  # no first request waits for it
         self._defaults = {key: {alias: tensors.from_proto(proto) for alias, proto in definition.defaults.items()}
                           for key, definition in self.definitions.items()}  # fmt: skip
 
@@ -74,21 +79,21 @@ class Servable:
         Raises:
             RefusedError: as TensorFlow Serving refuses.
         """
-        definition = self.definitions.get(key)
-        if definition is None:
-            message = f'Serving signature key "{key}" not found.'
-            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, message)
         try:
-            feeds, aliases, numbers, fetches = self._callables[key]
+            feeds, aliases, dtypes, fetches = self._callables[key]
         except KeyError:
-            feeds, aliases, numbers, fetches = self._callables[key] = _plan(definition)
-        if inputs.keys() != set(aliases):
+            if key in self.definitions:
+                raise invalid(f'Serving signature key "{key}" takes no requests.') from None
+            message = f'Serving signature key "{key}" not found.'
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, message) from None
+        definition = self.definitions[key]
+        if inputs.keys() != aliases.keys():
             inputs = self._complete(key, definition, inputs)
         arrays = [inputs[alias] for alias in aliases]
-        for index, array in enumerate(arrays):
-            if array.dtype != numbers[index][0]:
-                have = type_name(tensors.number_of(array.dtype))
-                raise invalid(f"Expects arg[{index}] to be {numbers[index][1]} but {have} is provided")
+        for index, (array, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
+            if array.dtype != dtype:
+                wants, has = (type_name(tensors.number_of(one)) for one in (dtype, array.dtype))
+                raise invalid(f"Expects arg[{index}] to be {wants} but {has} is provided")
         if wanted:
             fetches = _filtered(definition, wanted)
         return feeds, fetches, arrays
@@ -182,13 +187,19 @@ def _import_operations(operations: set[str]) -> None:
             importlib.import_module("tensorflow_text")
 
 
-def _plan(definition: SignatureDef) -> tuple[tuple, tuple, tuple, tuple]:
-    """Of a signature: tensors to feed, their aliases, their (dtype, name of type), and tensors to fetch."""
-    aliases = tuple(sorted(definition.inputs, key=lambda alias: definition.inputs[alias].name))
+def _takes_arrays(definition: SignatureDef) -> bool:
+    try:
+        return all(tensors.dtype_of(info.dtype) for info in (*definition.inputs.values(), *definition.outputs.values()))
+    except ValueError:
+        return False
+
+
+def _plan(definition: SignatureDef) -> tuple[tuple, dict, tuple, tuple]:
+    """Of a signature: tensors to feed, their aliases as a dictionary's keys, their dtypes, and tensors to fetch."""
+    aliases = dict.fromkeys(sorted(definition.inputs, key=lambda alias: definition.inputs[alias].name))
     feeds = tuple(definition.inputs[alias].name for alias in aliases)
-    numbers = tuple((tensors.dtype_of(definition.inputs[alias].dtype), type_name(definition.inputs[alias].dtype))
-                    for alias in aliases)  # fmt: skip
-    return feeds, aliases, numbers, tuple(definition.outputs[alias].name for alias in sorted(definition.outputs))
+    dtypes = tuple(tensors.dtype_of(definition.inputs[alias].dtype) for alias in aliases)
+    return feeds, aliases, dtypes, tuple(definition.outputs[alias].name for alias in sorted(definition.outputs))
 
 
 def _filtered(definition: SignatureDef, wanted: Sequence[str]) -> tuple:

@@ -1,6 +1,7 @@
 """A server for SavedModels that speaks TensorFlow Serving's protocols: gRPC and REST, one process, no Docker."""
 
 import dataclasses
+import gc
 import json
 import logging
 import signal
@@ -332,6 +333,8 @@ def serve(words: list[str]) -> int:
         signal.signal(number, end)
     with Server(flags) as server:
         ready = True
+        gc.collect()
+        gc.freeze()  # TensorFlow's million objects stay: to look them through stops every thread for a quarter second
         told = [f"gRPC on {server.address}"] if flags.port else []
         told += [f"gRPC on unix:{flags.grpc_socket_path}"] if flags.grpc_socket_path else []
         told += [f"REST on http://{server.rest_address}"] if flags.rest_api_port else []

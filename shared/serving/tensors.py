@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ TYPES = {
     22: (np.dtype(np.uint32), "uint32_val"), 23: (np.dtype(np.uint64), "uint64_val"),
 }  # fmt: skip
 _NUMBERS = {dtype: number for number, (dtype, _) in TYPES.items()}
+_LITTLE = sys.byteorder == "little"
 _LARGE = 256  # elements from which copying bytes is faster than a list; measured
 
 
@@ -101,19 +103,19 @@ def from_proto(proto: TensorProto) -> np.ndarray:
 
     As in TensorFlow, of fewer values than elements the last one is repeated. ValueError where it is not whole.
     """
-    number = proto.dtype
-    dtype = dtype_of(number)
-    shape = tuple([dim.size for dim in proto.tensor_shape.dim])
-    if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
+    number, sizes, content = proto.dtype, proto.tensor_shape, proto.tensor_content
+    dtype = TYPES[number][0] if number in TYPES else dtype_of(number)
+    shape = [dim.size for dim in sizes.dim]
+    if sizes.unknown_rank or (shape and min(shape) < 0):
         raise ValueError("a tensor whose shape is not known")
     count = math.prod(shape)
-    content = proto.tensor_content
     if content:
         if number == STRING:
             raise ValueError("strings as tensor_content")
         if len(content) != count * dtype.itemsize:
             raise ValueError(f"{len(content)} bytes for {count} elements of {dtype}")
-        return np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+        array = np.frombuffer(content, dtype if _LITTLE else dtype.newbyteorder("<"))
+        return (array if _LITTLE else array.astype(dtype)).reshape(shape)
     field: Sequence = getattr(proto, "half_val" if number == BFLOAT16 else TYPES[number][1])
     if number == STRING:
         values = np.empty(len(field), object)

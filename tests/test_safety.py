@@ -1,0 +1,214 @@
+"""What a hostile or broken client sends hurts nobody: the server answers, and others are served meanwhile."""
+
+import contextlib
+import json
+import resource
+import socket
+import struct
+import threading
+import time
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import serving_models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from shared.serving import protocol
+from shared.serving.client import Client, ServerError, request
+from shared.serving.flags import Flags
+from shared.serving.server import Server
+
+X = {"x": np.ones((1, 2), np.float32)}
+CODES = {"INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    serving_models.write(root)
+    flags = Flags(model_config_file=str(root / "models.config"), port=-1, rest_api_port=-1,
+                  client_header_timeout_seconds=1.0)  # fmt: skip
+    with Server(flags) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _answers_afterwards(running):
+    yield
+    for address in (running.address, f"http://{running.rest_address}"):
+        with Client(address, retries=0, timeout=10) as client:
+            assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+
+
+def connected(server):
+    host, _, port = server.rest_address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def posted(server, body, path="/v1/models/affine:predict"):
+    """HTTP status of a body that is posted as it is, and the answer."""
+    with connected(server) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        data = b""
+        while part := connection.recv(65536):
+            data += part
+    return int(data.split()[1]), data.partition(b"\r\n\r\n")[2]
+
+
+@pytest.fixture(scope="module")
+def calls(running):
+    with grpc.insecure_channel(running.address) as channel:
+        yield {name: channel.unary_unary(f"/{service}/{name}")
+               for service in (protocol.PREDICTION, protocol.MODEL) for name in protocol.methods(service)}  # fmt: skip
+
+
+SLOW = {"max_examples": 150, "deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(**SLOW)
+@given(some.sampled_from(["Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata", "GetModelStatus",
+                          "HandleReloadConfigRequest"]), some.binary(max_size=200))  # fmt: skip
+def test_random_bytes_over_grpc(calls, name, data):
+    try:
+        calls[name](data, timeout=10)
+    except grpc.RpcError as error:
+        assert error.code().name in CODES
+
+
+@settings(**SLOW)
+@given(some.data())
+def test_messages_with_bytes_changed_over_grpc(calls, data):
+    message = bytearray(request("affine", X).SerializeToString())
+    for _ in range(data.draw(some.integers(1, 4))):
+        message[data.draw(some.integers(0, len(message) - 1))] = data.draw(some.integers(0, 255))
+    try:
+        calls["Predict"](bytes(message), timeout=10)
+    except grpc.RpcError as error:
+        assert error.code().name in CODES
+
+
+json_values = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=10),
+    lambda inner: some.lists(inner, max_size=4) | some.dictionaries(some.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(**SLOW)
+@given(some.sampled_from(["affine", "adder", "echo", "judge"]), some.sampled_from(["predict", "classify", "regress"]),
+       some.sampled_from(["instances", "inputs", "examples", "context"]), json_values)  # fmt: skip
+def test_any_json(running, model, verb, key, value):
+    status, answer = posted(running, json.dumps({key: value}).encode(), f"/v1/models/{model}:{verb}")
+    assert status in (200, 400, 501)
+    assert json.loads(answer.decode(errors="replace"))
+
+
+@settings(**SLOW)
+@given(some.binary(max_size=200))
+def test_random_bytes_as_json(running, body):
+    status, answer = posted(running, body)
+    assert status == 400
+    assert "error" in json.loads(answer)
+
+
+@settings(**SLOW)
+@given(some.binary(max_size=300))
+def test_random_bytes_as_http(running, data):
+    with connected(running) as connection:
+        connection.sendall(data + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(65536)
+    assert not answer or answer.startswith(b"HTTP/1.")
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "..", "/etc", "adder/../adder", "adder\x00", "a" * 100_000])
+def test_names_are_never_paths(running, name):
+    with Client(running.address, retries=0) as client, pytest.raises(ServerError, match="NOT_FOUND"):
+        client.predict(name, X)
+    quoted = "".join(f"%{byte:02x}" for byte in name.encode()[:1000])
+    with connected(running) as connection:
+        connection.sendall(f"GET /v1/models/{quoted}/metadata HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 404 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"instances":['])
+def test_deep_nesting(running, opening):
+    status, _ = posted(running, b'{"instances": ' + opening * 200_000)
+    assert status == 400
+
+
+def test_a_bomb_of_zeros_meets_the_limit(tmp_path):
+    import gzip
+
+    serving_models.save(serving_models.Affine(), tmp_path / "affine" / "1")
+    with Server(Flags(models=str(tmp_path), port=-1, rest_api_port=-1, max_request_bytes=1_000_000)) as server:
+        body = gzip.compress(bytes(300_000_000))
+        before = psutil.Process().memory_info().rss
+        with connected(server) as connection:
+            head = f"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n" \
+                   f"Content-Length: {len(body)}\r\n\r\n"  # fmt: skip
+            connection.sendall(head.encode() + body)
+            assert b" 429 " in connection.recv(65536).split(b"\r\n")[0]
+        assert psutil.Process().memory_info().rss - before < 100_000_000
+
+
+def test_slow_clients_are_hung_up_on(running):
+    with connected(running) as nothing, connected(running) as dripping, connected(running) as half:
+        half.sendall(b"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        begun = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begun < 10:
+                dripping.sendall(b"G")
+                time.sleep(0.2)
+        assert 0.5 < time.monotonic() - begun < 5
+        with contextlib.suppress(ConnectionResetError):
+            assert nothing.recv(100) == b""
+        assert b" 504 " in half.recv(65536)
+
+
+def test_thousands_of_idle_connections(running):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2000
+    if hard < 3 * wanted:
+        pytest.skip(f"this machine allows {hard} open files; {3 * wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3 * wanted), hard))
+    with contextlib.ExitStack() as opened:
+        for _ in range(wanted):
+            opened.enter_context(connected(running))
+        begun = time.monotonic()
+        assert posted(running, b'{"instances": [[1, 2]]}')[0] == 200
+        assert time.monotonic() - begun < 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_clients_that_vanish(running):
+    body = json.dumps({"instances": [[1.0, 2.0]] * 20_000}).encode()
+    for cut in (10, len(body) // 2, len(body)):
+        connection = connected(running)
+        head = f"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body[:cut])
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, no goodbye
+        connection.close()
+    before = threading.active_count()
+    with grpc.insecure_channel(running.address) as channel:
+        call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+        message = request("affine", {"x": np.ones((200_000, 2), np.float32)}).SerializeToString()
+        for _ in range(20):
+            call.future(message).cancel()
+    time.sleep(0.5)
+    assert threading.active_count() <= before + 2
+
+
+def test_a_token_is_compared_whole(tmp_path):
+    from shared.serving.gate import Gate
+    from shared.serving.refusal import RefusedError
+
+    gate = Gate(token="secret")
+    gate.enter("Bearer secret")
+    for wrong in ("", "secret", "Bearer", "Bearer secre", "Bearer secret ", "bearer secret", "Bearer sécret"):
+        with pytest.raises(RefusedError):
+            gate.enter(wrong)
