@@ -16,7 +16,7 @@ help:
 	@echo 'make TASK         raw data to a served answer: $(TASKS)'
 	@echo 'make DOMAIN       every task of a domain: $(DOMAINS)'
 	@echo '                  flags as options="--data=fashion-mnist --epochs=12"; options=--help lists them'
-	@echo 'make serve        serve saved_models/ over gRPC'
+	@echo 'make serve        serve saved_models/ over gRPC and REST: tensorflow_model_server if it is there, else ours'
 	@echo 'make list         the tasks, one line each'
 	@echo 'make quality      train on the real data and compare with what the tasks promise (long)'
 	@echo 'make report       write the README'"'"'s table from the results of make quality'
@@ -31,7 +31,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[vision,nlp,recommendation,rl,dev]'
+		--editable '.[vision,speech,nlp,recommendation,rl,generative,dev]'
 	@touch $@
 
 suite: $(READY)
@@ -52,8 +52,16 @@ $(1): $(READY)
 endef
 $(foreach name,$(DOMAINS),$(eval $(call domain,$(name))))
 
+# TensorFlow Serving itself where it is installed, else ours: the same models, protocols and ports.
 serve: $(READY)
-	@$(BIN)/cornucopia serve $(options)
+	@if command -v tensorflow_model_server >/dev/null; then \
+		echo "starting tensorflow_model_server, found at $$(command -v tensorflow_model_server)"; \
+		exec tensorflow_model_server --port=8500 --rest_api_port=8501 \
+			--model_config_file=saved_models/models.config $(options); \
+	else \
+		echo "starting cornucopia serve; tensorflow_model_server is not on the PATH"; \
+		exec $(BIN)/cornucopia serve --port=8500 --rest_api_port=8501 $(options); \
+	fi
 
 quality: $(READY)
 	@$(BIN)/python -m benchmarks.quality $(options)

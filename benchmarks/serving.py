@@ -152,7 +152,9 @@ def ratio(name: str, ours, theirs, *, bar: float, rounds: int) -> dict:
     floor, value = (statistics.median(column) for column in zip(*pairs, strict=True))
     found = {"ours": value, "beside": floor, "ratio": value / floor, "bar": bar,
              "rounds": [round(b / a, 3) for a, b in pairs]}  # fmt: skip
-    print(f"{name:<58} {value:9.1f} of {floor:9.1f}  {value / floor:5.2f}  (asked {bar:g})  {found['rounds']}", flush=True)
+    print(
+        f"{name:<58} {value:9.1f} of {floor:9.1f}  {value / floor:5.2f}  (asked {bar:g})  {found['rounds']}", flush=True
+    )
     return found
 
 
@@ -192,27 +194,27 @@ def throughput(root: Path, *, seconds: float, rounds: int) -> dict:
 
 def swap(root: Path, *, seconds: float) -> dict:
     """Requests at 200 a second while a version is replaced, and replaced again."""
-    with serving(root, "--file_system_poll_wait_seconds=0.5") as server:
-        with load.calling(server.address, request("cnn", {"x": np.zeros((1, 32, 32, 1), np.float32)})) as call:
-            before = load.run(call, rate=200, seconds=seconds)
-            states = []
+    message = request("cnn", {"x": np.zeros((1, 32, 32, 1), np.float32)})
+    with serving(root, "--file_system_poll_wait_seconds=0.5") as server, load.calling(server.address, message) as call:
+        before = load.run(call, rate=200, seconds=seconds)
+        states = []
 
-            def publish() -> None:
-                for number in (2, 3):
-                    time.sleep(seconds / 4)
-                    part = root / "cnn" / f".part-{number}"
-                    shutil.copytree(root / "cnn" / "1", part)
-                    part.rename(root / "cnn" / str(number))
-                with Client(server.address) as client:
-                    until = time.monotonic() + seconds
-                    while client.status("cnn").get(3, ("",))[0] != "AVAILABLE" and time.monotonic() < until:
-                        time.sleep(0.05)
-                    states.append(client.status("cnn"))
+        def publish() -> None:
+            for number in (2, 3):
+                time.sleep(seconds / 4)
+                part = root / "cnn" / f".part-{number}"
+                shutil.copytree(root / "cnn" / "1", part)
+                part.rename(root / "cnn" / str(number))
+            with Client(server.address) as client:
+                until = time.monotonic() + seconds
+                while client.status("cnn").get(3, ("",))[0] != "AVAILABLE" and time.monotonic() < until:
+                    time.sleep(0.05)
+                states.append(client.status("cnn"))
 
-            publisher = threading.Thread(target=publish)
-            publisher.start()
-            during = load.run(call, rate=200, seconds=seconds)
-            publisher.join()
+        publisher = threading.Thread(target=publish)
+        publisher.start()
+        during = load.run(call, rate=200, seconds=seconds)
+        publisher.join()
     for number in (2, 3):
         shutil.rmtree(root / "cnn" / str(number))
     found = {"requests": len(during.latencies), "errors": sum(during.errors.values()) + sum(before.errors.values()),
@@ -304,8 +306,8 @@ def main() -> None:
     seconds, rounds = (1.0, 1) if quick else (4.0, 5)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "models"
-        subprocess.run([sys.executable, "-c", "import sys; from pathlib import Path; from benchmarks import serving; "
-                        "serving.write_models(Path(sys.argv[1]))", str(root)], check=True, capture_output=True)  # fmt: skip
+        write = "import sys, pathlib; from benchmarks import serving; serving.write_models(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", write, str(root)], check=True, capture_output=True)
         found = {"processors": os.cpu_count(), "throughput": throughput(root, seconds=seconds, rounds=rounds)}
         found["start"] = start(root, rounds=rounds)
         found["imports"] = imports(rounds=rounds)

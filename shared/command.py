@@ -180,8 +180,8 @@ def _load_tensorflow() -> None:
 
 
 def _import(task: str) -> types.ModuleType:
-    _load_tensorflow()
     try:
+        _load_tensorflow()
         return importlib.import_module(f"apps.{task}")
     except ImportError as error:
         domain = task.partition(".")[0]
@@ -215,9 +215,11 @@ def _serve(words: list[str]) -> None:
     from shared.serving import flags
 
     flags.parse(words)  # a wrong flag is answered before TensorFlow is loaded
-    _load_tensorflow()
-    from shared.serving import server
-
+    try:
+        _load_tensorflow()
+        from shared.serving import server
+    except ImportError as error:
+        raise ImportError(f"serve needs {error.name}: pip install 'cornucopia-suite[serve]'") from error
     try:
         code = server.serve(words)
     except (ValueError, OSError) as error:

@@ -45,8 +45,10 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
     return candidate
 
 
-def save(endpoint: tf.Module, folder: Path, signatures: Mapping[str, tf.types.experimental.PolymorphicFunction]) -> None:
-    """Write an endpoint's functions, each with its input signature, as a SavedModel that TensorFlow Serving restores."""
+def save(
+    endpoint: tf.Module, folder: Path, signatures: Mapping[str, tf.types.experimental.PolymorphicFunction]
+) -> None:
+    """Write an endpoint's functions, each with an input signature, as a SavedModel that TensorFlow Serving restores."""
     concrete = {name: function.get_concrete_function() for name, function in signatures.items()}
     tf.saved_model.save(_state(endpoint, concrete.values()), str(folder), signatures=concrete)
 
@@ -69,10 +71,24 @@ def publish(
                 if not version.exists():
                     raise
             else:
+                list_models(candidate.parent.parent)
                 return version
     except BaseException:
         shutil.rmtree(candidate, ignore_errors=True)
         raise
+
+
+def list_models(folder: Path) -> None:
+    """Write `models.config`, by which TensorFlow Serving serves every model of a folder.
+
+    Its base paths are absolute, as TensorFlow Serving wants them; a container mounts the folder at the same path.
+    """
+    names = sorted(base.name for base in folder.iterdir() if base.is_dir() and versions(base))
+    lines = [f'  config {{ name: "{name}" base_path: "{(folder / name).absolute()}" model_platform: "tensorflow" }}'
+             for name in names]  # fmt: skip
+    part = folder / ".models.config"
+    part.write_text("\n".join(["model_config_list {", *lines, "}"]) + "\n")
+    part.rename(folder / "models.config")
 
 
 def versions(base: Path) -> dict[int, Path]:

@@ -12,6 +12,7 @@ from tensorflow_serving.apis import model_service_pb2, prediction_log_pb2, predi
 from tensorflow_serving.config import model_server_config_pb2
 
 TARGET = Path(__file__).parent.parent / "shared" / "serving" / "protocol.binpb"
+INT64 = ".google.protobuf.Int64Value"
 FIELDS = {
     "PrometheusConfig": [("enable", 1, "bool"), ("path", 2, "string")],
     "MonitoringConfig": [("prometheus_config", 1, ".tensorflow.serving.PrometheusConfig")],
@@ -20,12 +21,10 @@ FIELDS = {
         ("client_verify", 4, "bool"),
     ],
     "BatchingParameters": [
-        ("max_batch_size", 1, ".google.protobuf.Int64Value"), ("batch_timeout_micros", 2, ".google.protobuf.Int64Value"),
-        ("max_enqueued_batches", 3, ".google.protobuf.Int64Value"),
-        ("num_batch_threads", 4, ".google.protobuf.Int64Value"), ("thread_pool_name", 5, ".google.protobuf.StringValue"),
-        ("enable_large_batch_splitting", 8, ".google.protobuf.BoolValue"),
-        ("max_execution_batch_size", 9, ".google.protobuf.Int64Value"), ("allowed_batch_sizes", 6, "int64*"),
-        ("pad_variable_length_inputs", 7, "bool"),
+        ("max_batch_size", 1, INT64), ("batch_timeout_micros", 2, INT64), ("max_enqueued_batches", 3, INT64),
+        ("num_batch_threads", 4, INT64), ("thread_pool_name", 5, ".google.protobuf.StringValue"),
+        ("enable_large_batch_splitting", 8, ".google.protobuf.BoolValue"), ("max_execution_batch_size", 9, INT64),
+        ("allowed_batch_sizes", 6, "int64*"), ("pad_variable_length_inputs", 7, "bool"),
     ],
 }  # fmt: skip
 

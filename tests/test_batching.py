@@ -168,8 +168,8 @@ def test_rules_of_a_file():
 
     assert read(text) == Rules(32, 0.002, 7, 3, (8, 32), True, False, 32)
     assert read("") == Rules(1000, 0.0, 10, 2, (), False, False, 1000)  # as TensorFlow Serving's
-    split = "max_batch_size { value: 64 } enable_large_batch_splitting { value: true } max_execution_batch_size { value: 16 }"
-    assert read(split).run_largest == 16
+    split = "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 16 }"
+    assert read(f"max_batch_size {{ value: 64 }} {split}").run_largest == 16
     with pytest.raises(ValueError, match=r"allowed_batch_sizes \[4, 2\] must rise"):
         read("allowed_batch_sizes: 4 allowed_batch_sizes: 2")
     with pytest.raises(ValueError, match=r"end in the largest batch, 1000"):

@@ -1,8 +1,6 @@
 """The flags of the server, in both spellings, and what each does where another test does not show it."""
 
 import json
-import logging
-import os
 import re
 import signal
 import ssl
@@ -22,6 +20,7 @@ import tensorflow as tf
 from shared.serving import flags, load, protocol, server
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags, parse
+from shared.serving.records import records
 
 X = {"x": np.ones((1, 2), np.float32)}
 
@@ -123,7 +122,10 @@ def test_token(tree, tmp_path):
     with serving(tree, token_file=str(tmp_path / "token"), rest_api_port=-1) as one:
         with Client(one.address, retries=0) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
             client.predict("affine", X)
-        with Client(one.address, token="wrong", retries=0) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
+        with (
+            Client(one.address, token="wrong", retries=0) as client,
+            pytest.raises(ServerError, match="UNAUTHENTICATED"),
+        ):
             client.predict("affine", X)
         for address in (one.address, f"http://{one.rest_address}"):
             with Client(address, token="secret") as client:
@@ -132,16 +134,19 @@ def test_token(tree, tmp_path):
         assert get(one.rest_address, "/models")[0] == 401
 
 
+def code_of(client):
+    try:
+        client.predict("affine", X)
+    except ServerError as error:
+        return error.code.name
+    return "OK"
+
+
 def test_limits(tree):
     with serving(tree, max_requests_per_second=5.0, rest_api_port=-1) as one, Client(one.address, retries=0) as client:
-        refused = 0
-        for _ in range(20):
-            try:
-                client.predict("affine", X)
-            except ServerError as error:
-                assert error.code.name == "RESOURCE_EXHAUSTED"
-                refused += 1
-        assert 5 <= refused <= 18
+        codes = [code_of(client) for _ in range(20)]
+        assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+        assert 5 <= codes.count("OK") <= 15
         assert 429 in {get(one.rest_address, "/v1/models/affine")[0] for _ in range(10)}
     with serving(tree, max_request_bytes=10_000, rest_api_port=-1) as one:
         for address in (one.address, f"http://{one.rest_address}"):
@@ -170,7 +175,7 @@ def test_request_log_is_a_warm_up_and_an_evaluation_set(tree, tmp_path):
             with Client(address) as client:
                 client.predict("affine", X)
     (path,) = (tmp_path / "log").glob("requests-*.tfrecord")
-    logs = [protocol.PredictionLog.FromString(record) for record in load.records(path)]
+    logs = [protocol.PredictionLog.FromString(record) for record in records(path)]
     assert len(logs) == 2
     for log in logs:
         assert log.predict_log.request.model_spec.name == "affine"
@@ -200,7 +205,10 @@ def test_a_warm_up_that_fails_fails_the_version(tree, tmp_path):
 
 
 def test_content_in_answers(tree):
-    with serving(tree, enable_serialization_as_tensor_content=True) as one, grpc.insecure_channel(one.address) as channel:
+    with (
+        serving(tree, enable_serialization_as_tensor_content=True) as one,
+        grpc.insecure_channel(one.address) as channel,
+    ):
         from shared.serving.client import request
 
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict",
@@ -232,7 +240,10 @@ def test_signature_method_names(tree):
 
 
 def test_unix_socket(tree, tmp_path):
-    with serving(tree, port=0, grpc_socket_path=str(tmp_path / "socket")), Client(f"unix:{tmp_path / 'socket'}") as client:
+    with (
+        serving(tree, port=0, grpc_socket_path=str(tmp_path / "socket")),
+        Client(f"unix:{tmp_path / 'socket'}") as client,
+    ):
         assert client.predict("affine", X)["y"].shape == (1, 2)
 
 
@@ -275,7 +286,8 @@ def test_metrics_config(tree, tmp_path):
 def certificate(folder):
     """A key and a certificate for 127.0.0.1 that is its own authority."""
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key"), "-out", str(folder / "cert")]  # fmt: skip
+             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key"),
+             "-out", str(folder / "cert")]  # fmt: skip
     try:
         subprocess.run(words, check=True, capture_output=True)
     except FileNotFoundError:
@@ -292,7 +304,10 @@ def test_mutual_tls(tree, tmp_path):
     with serving(tree, ssl_config_file=str(tmp_path / "ssl")) as one:
         with Client(one.address, certificate=(cert, key, cert)) as client:
             assert client.predict("affine", X)["y"].shape == (1, 2)
-        with Client(one.address, certificate=(cert,), retries=0) as client, pytest.raises(ServerError, match="UNAVAILABLE"):
+        with (
+            Client(one.address, certificate=(cert,), retries=0) as client,
+            pytest.raises(ServerError, match="UNAVAILABLE"),
+        ):
             client.predict("affine", X)
     (tmp_path / "ssl").write_text('server_key: "x"')
     with pytest.raises(ValueError, match="must hold server_key and server_cert"):
@@ -318,7 +333,10 @@ def test_beside_the_contract(tree):
         columns, rows = body["schema"]["anyOf"][0]["anyOf"]
         assert (columns["required"], rows["required"]) == (["inputs"], ["instances"])
         tensor = columns["properties"]["inputs"]["anyOf"][0]["properties"]["x"]
-        wanted = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}}
+        wanted = {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        }
         assert tensor == wanted
         with grpc.insecure_channel(one.address) as channel:
             call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
@@ -342,7 +360,9 @@ def test_metrics_are_what_prometheus_reads(tree):
         with pytest.raises(ServerError):
             client.predict("affine", {"z": 1.0})
         families = list(text_string_to_metric_families(get(one.rest_address, "/monitoring/prometheus/metrics")[2]))
-    samples = {(sample.name, *sorted(sample.labels.items())): sample.value for one in families for sample in one.samples}
+    samples = {
+        (sample.name, *sorted(sample.labels.items())): sample.value for one in families for sample in one.samples
+    }
     count = ":tensorflow:serving:request_count_total"  # so the parser calls what is there without _total
     assert samples[count, ("model_name", "affine"), ("status", "OK")] == 3
     assert samples[count, ("model_name", "affine"), ("status", "INVALID_ARGUMENT")] == 1
@@ -351,7 +371,12 @@ def test_metrics_are_what_prometheus_reads(tree):
     assert samples[":tensorflow:serving:runtime_latency_count", ("API", "Predict"), ("model_name", "affine"),
                    ("runtime", "TF1")] == 3  # fmt: skip
     for stage in ("decode", "queue", "run", "encode"):
-        key = (":cornucopia:serving:stage_latency_count", ("API", "Predict"), ("model_name", "affine"), ("stage", stage))
+        key = (
+            ":cornucopia:serving:stage_latency_count",
+            ("API", "Predict"),
+            ("model_name", "affine"),
+            ("stage", stage),
+        )
         assert samples[key] == 3
 
 

@@ -193,12 +193,17 @@ def test_labels_and_reload(base, versions, tmp_path):
     flags = {"model_config_file": str(tmp_path / "config"), "model_config_file_poll_wait_seconds": 1, **FAST}
     with pytest.raises(ValueError, match=r"Request to assign label to version 1 of model affine, which is not current"):
         Server(Flags(**flags))
-    with Server(Flags(**flags, allow_version_labels_for_unavailable_models=True)) as server, Client(server.address) as client:
+    with (
+        Server(Flags(**flags, allow_version_labels_for_unavailable_models=True)) as server,
+        Client(server.address) as client,
+    ):
         until(lambda: set(states(client).values()) == {"AVAILABLE"} and len(states(client)) == 2)
         assert answer(client, label="stable") == 1
         with pytest.raises(ServerError, match="INVALID_ARGUMENT: Unrecognized servable version label: new"):
             answer(client, label="new")
-        moved = config(base, policy + 'version_labels { key: "stable" value: 2 } version_labels { key: "old" value: 1 }')
+        moved = config(
+            base, policy + 'version_labels { key: "stable" value: 2 } version_labels { key: "old" value: 1 }'
+        )
         (tmp_path / "config").write_text(moved)
         until(lambda: answer(client, label="stable") == 2)
         assert answer(client, label="old") == 1
@@ -209,7 +214,10 @@ def test_labels_and_reload(base, versions, tmp_path):
 
 def test_reload_over_grpc(base, versions, tmp_path):
     publish(versions, tmp_path / "more" / "other", 3)
-    with Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server, Client(server.address) as client:
+    with (
+        Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
+        Client(server.address) as client,
+    ):
         import grpc
 
         with grpc.insecure_channel(server.address) as channel:
@@ -248,7 +256,10 @@ def test_reload_over_grpc(base, versions, tmp_path):
 
 
 def test_a_vanished_base_path_changes_nothing_and_an_empty_one_unloads(base, caplog):
-    with Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server, Client(server.address) as client:
+    with (
+        Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
+        Client(server.address) as client,
+    ):
         with caplog.at_level(logging.CRITICAL, "cornucopia.serve"):
             base.rename(base.parent / "away")
             time.sleep(0.3)
@@ -275,7 +286,9 @@ def test_start_fails_with_what_is_wrong(base, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model is below"):
         Server(Flags(models=str(tmp_path / "none"), **FAST))
     (base / "1" / "saved_model.pb").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"Failed to start server. Error: 1 servable\(s\) did not become available: .*affine"):
+    with pytest.raises(
+        ValueError, match=r"Failed to start server. Error: 1 servable\(s\) did not become available: .*affine"
+    ):
         Server(Flags(models=str(base.parent), **FAST))
     (tmp_path / "config").write_text("model_config_list {")
     with pytest.raises(ValueError, match=r"Error parsing text-format tensorflow.serving.ModelServerConfig"):

@@ -267,7 +267,7 @@ def test_a_context_is_part_of_each_example(prediction):
 
 
 EXAMPLES = {
-    "no spec": ("Classify", lambda: classification_pb2.ClassificationRequest(), "INVALID_ARGUMENT", "Missing ModelSpec"),
+    "no spec": ("Classify", classification_pb2.ClassificationRequest, "INVALID_ARGUMENT", "Missing ModelSpec"),
     "no input": ("Classify", lambda: to_classify(), "INVALID_ARGUMENT", "Input is empty."),
     "no input to regress": ("Regress", lambda: to_regress(), "INVALID_ARGUMENT", "Input is empty."),
     "unknown signature": ("Classify", lambda: to_classify(1.0, signature="s"), "INVALID_ARGUMENT",
@@ -376,10 +376,15 @@ def status_of(name, version=None, label=""):
 def test_status(service):
     available = get_model_status_pb2.ModelVersionStatus.AVAILABLE
     versions = service.GetModelStatus(status_of("adder")).model_version_status
-    assert [(one.version, one.state, one.status.error_code) for one in versions] == [(3, available, 0), (1, available, 0)]
+    assert [(one.version, one.state, one.status.error_code) for one in versions] == [
+        (3, available, 0),
+        (1, available, 0),
+    ]
     (one,) = service.GetModelStatus(status_of("adder", version=1)).model_version_status
     assert one.version == 1
-    assert len(service.GetModelStatus(status_of("adder", label="any")).model_version_status) == 2  # a label says nothing
+    assert (
+        len(service.GetModelStatus(status_of("adder", label="any")).model_version_status) == 2
+    )  # a label says nothing
     assert refused(service.GetModelStatus, status_of("adder", version=9)) == (
         "NOT_FOUND", "Could not find version 9 of model adder")  # fmt: skip
     assert refused(service.GetModelStatus, status_of("x")) == ("NOT_FOUND", "Could not find any versions of model x")
@@ -403,8 +408,8 @@ def test_health(channel):
 @pytest.mark.skipif(bool(REAL), reason="TensorFlow Serving has no reflection")
 def test_reflection(channel):
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    asked = [reflection_pb2.ServerReflectionRequest(list_services=""),
-             reflection_pb2.ServerReflectionRequest(file_containing_symbol="tensorflow.serving.PredictionService")]  # fmt: skip
+    ask = reflection_pb2.ServerReflectionRequest
+    asked = [ask(list_services=""), ask(file_containing_symbol="tensorflow.serving.PredictionService")]
     services, file = list(stub.ServerReflectionInfo(iter(asked)))
     names = {one.name for one in services.list_services_response.service}
     assert {"tensorflow.serving.PredictionService", "tensorflow.serving.ModelService", "grpc.health.v1.Health"} <= names
@@ -455,7 +460,10 @@ def test_rest_not_a_number(rest):
 
 def test_rest_classify_and_regress(rest):
     code, _, body = rest("POST", "/v1/models/judge:classify", {"examples": [{"x": 0.5}, {"x": 2.0}]})
-    assert (code, json.loads(body)) == (200, {"results": [[["low", -0.5], ["high", 0.5]], [["low", -2.0], ["high", 2.0]]]})
+    assert (code, json.loads(body)) == (
+        200,
+        {"results": [[["low", -0.5], ["high", 0.5]], [["low", -2.0], ["high", 2.0]]]},
+    )
     body = {"signature_name": "regress", "context": {"x": 3.0}, "examples": [{}, {"x": 4.0}]}
     assert json.loads(rest("POST", "/v1/models/judge:regress", body)[2]) == {"results": [6.0, 8.0]}
     code, _, body = rest("POST", "/v1/models/judge:regress", {"signature_name": "regress", "examples": [{"x": 2}]})
@@ -510,7 +518,9 @@ def test_rest_errors_of_the_graph(rest):
 def test_rest_transport(addresses, rest):
     body = json.dumps({"instances": [[1, 2]]}).encode()
     wanted = {"predictions": [[3.0, 5.0]]}
-    assert json.loads(rest("POST", "/v1/models/affine:predict", gzip.compress(body), Content_Encoding="gzip")[2]) == wanted
+    assert (
+        json.loads(rest("POST", "/v1/models/affine:predict", gzip.compress(body), Content_Encoding="gzip")[2]) == wanted
+    )
     assert json.loads(rest("POST", "/v1/models/affine:predict", body, Content_Type="text/plain")[2]) == wanted
     host, _, port = addresses[1].rpartition(":")
     head = b"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\n"

@@ -45,10 +45,18 @@ def rules(text: BatchingParameters, *, threads: int) -> Rules:
     sizes = tuple(text.allowed_batch_sizes)
     if sizes and (list(sizes) != sorted(set(sizes)) or sizes[-1] != run_largest):
         raise ValueError(f"allowed_batch_sizes {list(sizes)} must rise, and end in the largest batch, {run_largest}")
-    found = Rules(largest, value("batch_timeout_micros", 0) / 1e6, value("max_enqueued_batches", 10),
-                  value("num_batch_threads", threads), sizes, text.pad_variable_length_inputs, split, run_largest)  # fmt: skip
+    found = Rules(
+        largest=largest,
+        wait=value("batch_timeout_micros", 0) / 1e6,
+        waiting=value("max_enqueued_batches", 10),
+        threads=value("num_batch_threads", threads),
+        sizes=sizes,
+        pad=text.pad_variable_length_inputs,
+        split=split,
+        run_largest=run_largest,
+    )
     if min(found.largest, found.waiting, found.threads, found.run_largest) < 1 or found.run_largest > found.largest:
-        raise ValueError(f"batches of {found.run_largest} of at most {found.largest} examples, {found.waiting} waiting, "
+        raise ValueError(f"batches of {found.run_largest} of at most {found.largest} examples, {found.waiting} waiting "
                          f"in {found.threads} threads cannot be made")  # fmt: skip
     return found
 

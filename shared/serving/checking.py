@@ -31,9 +31,11 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
         key: value.numpy() for key, value in endpoint(**{k: tf.constant(v) for k, v in request.items()}).items()
     }
     one = {key: value[:1] for key, value in request.items()}
-    with tempfile.TemporaryDirectory() as tree, _serving(Path(tree), name, folder) as server, Client(
-        server.address
-    ) as client:
+    with (
+        tempfile.TemporaryDirectory() as tree,
+        _serving(Path(tree), name, folder) as server,
+        Client(server.address) as client,
+    ):
         served = client.predict(name, request)
         times = []
         for _ in range(20):

@@ -35,7 +35,9 @@ class Gate:
     def enter(self, authorization: str) -> None:
         """Let a request in, with what it has in its `authorization` header; RefusedError where it may not."""
         if self._expected and not hmac.compare_digest(authorization.encode(errors="replace"), self._expected):
-            raise RefusedError(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed: authorization: Bearer …")
+            raise RefusedError(
+                grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed: authorization: Bearer …"
+            )
         with self._lock:
             if self._most and self._inside >= self._most:
                 text = f"{self._inside} requests are being answered, and no more are taken; try again"

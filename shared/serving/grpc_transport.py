@@ -133,7 +133,9 @@ class Grpc:
             return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             host, _, port = address.rpartition(":")
-            raise OSError(f"port {port} of {host} cannot be had: something else listens there; choose another") from error
+            raise OSError(
+                f"port {port} of {host} cannot be had: something else listens there; choose another"
+            ) from error
 
     def start(self) -> None:
         """Open the addresses."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from shared.serving import ask, protocol, tensors
 from shared.serving.client import Call, Client, ServerError, channel_options, request
+from shared.serving.records import records
 
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")  # in the folder of a version
 TRACED = 10  # one request in so many asks the server for its stages
@@ -99,17 +100,6 @@ def warm_up(base: Path, signature: str = "") -> tuple[dict[str, np.ndarray], str
     if not sent.inputs or (sent.model_spec.signature_name or "serving_default") != (signature or "serving_default"):
         return None
     return {name: tensors.from_proto(value) for name, value in sent.inputs.items()}, f"the first request of {path}"
-
-
-def records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length in 8 bytes, its checksum in 4, the record, its checksum in 4."""
-    with path.open("rb") as file:
-        while head := file.read(12):
-            length = int.from_bytes(head[:8], "little")
-            body = file.read(length + 4)
-            if len(head) < 12 or len(body) < length + 4:
-                raise ValueError(f"{path} ends within a record; export the model anew")
-            yield body[:length]
 
 
 @contextlib.contextmanager

@@ -10,9 +10,7 @@ from pathlib import Path
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 pool = descriptor_pool.DescriptorPool()
-for _file in descriptor_pb2.FileDescriptorSet.FromString(
-    Path(__file__).with_name("protocol.binpb").read_bytes()
-).file:
+for _file in descriptor_pb2.FileDescriptorSet.FromString(Path(__file__).with_name("protocol.binpb").read_bytes()).file:
     pool.Add(_file)
 
 

@@ -6,6 +6,7 @@ faster than one of a TensorFlow 2 signature, and closing it gives the memory bac
 
 import importlib
 import importlib.util
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import grpc
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from shared.serving import tensors
 from shared.serving.protocol import PredictionLog, SavedModel, SignatureDef, type_name
+from shared.serving.records import records
 from shared.serving.refusal import RefusedError, invalid
 
 DEFAULT = "serving_default"
@@ -139,11 +142,11 @@ class Servable:
             return []
         logs = []
         try:
-            for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+            for record in records(path):
                 logs.append(PredictionLog.FromString(record))
                 if len(logs) > MOST_WARM_UPS:
                     raise ValueError(f"Number of warmup records exceeds the maximum ({MOST_WARM_UPS}) at {path}")
-        except (tf.errors.OpError, RuntimeError) as error:
+        except (OSError, DecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         return logs
 
@@ -159,7 +162,7 @@ def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[s
     if binary.exists():  # as it is in the file: what GetModelMetadata answers
         try:
             saved = SavedModel.FromString(binary.read_bytes())
-        except Exception as error:  # google.protobuf.message.DecodeError, which its C implementation hides
+        except DecodeError as error:
             raise ValueError(f"Can't parse {binary} as binary proto") from error
         graphs = [graph for graph in saved.meta_graphs if set(graph.meta_info_def.tags) == tags]
         if not graphs:
@@ -169,12 +172,19 @@ def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[s
         operations = {node.op for node in graphs[0].graph_def.node}
         operations |= {node.op for function in graphs[0].graph_def.library.function for node in function.node_def}
         _import_operations(operations)
+    # The loader for sessions is called deprecated in favour of one that TensorFlow Serving does not use.
+    quiet = tf.get_logger()
+    quiet.addFilter(_no_news)
     with session.graph.as_default():
         loaded = tf.compat.v1.saved_model.loader.load(session, list(tags), str(folder))
     if not binary.exists():
         definitions = {key: SignatureDef.FromString(value.SerializeToString())
                        for key, value in loaded.signature_def.items()}  # fmt: skip
     return definitions
+
+
+def _no_news(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING or ("saved_model" not in record.pathname and "saver" not in record.pathname)
 
 
 def _import_operations(operations: set[str]) -> None:

@@ -293,15 +293,15 @@ def _credentials(path: str) -> grpc.ServerCredentials | None:
     config = _read(path, protocol.SSLConfig)
     if not config.server_key or not config.server_cert:
         raise ValueError(f"{path} must hold server_key and server_cert, in PEM")
-    authority = config.custom_ca.encode() or None
-    return grpc.ssl_server_credentials([(config.server_key.encode(), config.server_cert.encode())],
-                                       root_certificates=authority, require_client_auth=config.client_verify)  # fmt: skip
+    pairs = [(config.server_key.encode(), config.server_cert.encode())]
+    return grpc.ssl_server_credentials(pairs, config.custom_ca.encode() or None, config.client_verify)
 
 
 def _access(entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str) -> None:
+    told = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model, "status": status,
+            "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}  # fmt: skip
     log.info("%s %s %s %s %.3f ms", entrypoint, stages.api, stages.model or "-", status, 1000 * seconds,
-             extra={"request": {"entrypoint": entrypoint, "api": stages.api, "model": stages.model, "status": status,
-                                "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}})  # fmt: skip
+             extra={"request": told})  # fmt: skip
 
 
 class _JsonLines(logging.Formatter):

@@ -1,6 +1,7 @@
 """What a server counts, in Prometheus's text format under TensorFlow Serving's names, and more of its own.
 
-prometheus_client would append `_total` and `_created` to names that TensorFlow Serving's dashboards ask for as they are.
+prometheus_client would append `_total` and `_created` to names that dashboards of TensorFlow Serving ask for as they
+are.
 """
 
 import threading
@@ -112,8 +113,8 @@ class Metrics:
         histograms(f"{PREFIX}request_example_counts", counts)
         out.append(f"# TYPE {PREFIX}request_example_count_total counter")
         out += [f"{PREFIX}request_example_count_total{_labels(**labels)} {int(one.sum)}" for labels, one in counts]
-        histograms(f"{PREFIX}model_warmup_latency", [({"model_path": name, "status": "OK"}, histogram)
-                                                     for name, histogram in sorted(self._warm_ups.items())])  # fmt: skip
+        warmed = [({"model_path": name, "status": "OK"}, one) for name, one in sorted(self._warm_ups.items())]
+        histograms(f"{PREFIX}model_warmup_latency", warmed)
         histograms(f"{OWN}batch_size", _merged(of("batch")))
         histograms(f"{OWN}stage_latency", _merged(
             ({"model_name": model, "API": api, "stage": stage}, histogram)
