@@ -1,4 +1,4 @@
-"""Write the README's table of results from benchmarks/results/*.json: python -m benchmarks.report."""
+"""Write the README's tables from benchmarks/results/*.json and benchmarks/serving.json: python -m benchmarks.report."""
 
 import json
 import re
@@ -34,14 +34,42 @@ def cell(value: dict | None) -> str:
     return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})" if value else ""
 
 
+def serving(found: dict) -> str:
+    """The figures of the server, each beside what was measured in turn with it."""
+    compared = {**found["throughput"], "seconds from start to ready, of import and load of the model": found["start"],
+                "seconds to import the client, of the stock package's stubs": found["imports"]}  # fmt: skip
+    lines = ["| | ours | beside | ratio (median of rounds) | asked |", "| --- | --- | --- | --- | --- |"]
+    for name, one in compared.items():
+        sign = "at most" if "seconds" in name else "at least"
+        lines.append(f"| {name} | {_short(one['ours'])} | {_short(one['beside'])} | {one['ratio']:.2f} | "
+                     f"{sign} {one['bar']:g} |")  # fmt: skip
+    swap, long = found["swap"], found["endurance"]
+    lines.append(f"| p99 in ms during two swaps under 200 requests/s, of that before; {swap['errors']} errors of "
+                 f"{swap['requests']:,} | {swap['p99_during']:.1f} | {swap['p99_before']:.1f} | {swap['ratio']:.2f} | "
+                 "at most 5 |")  # fmt: skip
+    lines.append(f"| resident MiB after {long['requests']:,} requests, of that after 10,000 | "
+                 f"{long['last'] / 2**20:,.0f} | {long['first'] / 2**20:,.0f} | {long['ratio']:.2f} | at most 1.1 |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def fill(text: str, mark: str, table: str) -> str:
+    """A page with a table between the comments of its mark."""
+    marked = re.compile(rf"(<!-- {mark}: make report -->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"the README has no place for {mark}: the two comments that mark it are gone")
+    return marked.sub(lambda found: found[1] + "\n" + table + "\n\n" + found[2], text)
+
+
 def main() -> None:
     reports = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    marked = re.compile(r"(<!-- results: make report -->\n).*?(<!-- end of results -->)", re.DOTALL)
-    if not marked.search(text):
-        raise ValueError(f"{readme} has no place for the results: the two comments that mark it are gone")
-    readme.write_text(marked.sub(lambda found: found[1] + "\n" + table(reports) + "\n\n" + found[2], text))
+    text = fill(readme.read_text(), "results", table(reports))
+    text = fill(text, "serving", serving(json.loads((ROOT / "benchmarks" / "serving.json").read_text())))
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

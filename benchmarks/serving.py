@@ -2,7 +2,7 @@
 
 python -m benchmarks.serving [--quick]
 
-Prints the figures and writes them to benchmarks/results/serving.json. Server and client share the processors, each
+Prints the figures and writes them to benchmarks/serving.json. Server and client share the processors, each
 ratio is of two measurements in turn, and medians of several are compared: absolute numbers are the machine's.
 """
 
@@ -26,7 +26,7 @@ import psutil
 from shared.serving import load
 from shared.serving.client import Client, request
 
-RESULTS = Path(__file__).parent / "results" / "serving.json"
+RESULTS = Path(__file__).parent / "serving.json"
 ECHO = """
 import grpc
 from concurrent import futures

@@ -45,7 +45,10 @@ def test_table_and_readme_agree():
     paths = sorted((report.ROOT / "benchmarks" / "results").glob("*.json"))
     assert paths
     made = report.table([json.loads(path.read_text()) for path in paths])
-    assert made in (report.ROOT / "README.md").read_text(), "run make report"
+    readme = (report.ROOT / "README.md").read_text()
+    assert made in readme, "run make report"
+    figures = json.loads((report.ROOT / "benchmarks" / "serving.json").read_text())
+    assert report.serving(figures) in readme, "run make report"
 
 
 def test_table_of_the_suite():
