@@ -47,8 +47,9 @@ def serving(found: dict) -> str:
     lines.append(f"| p99 in ms during two swaps under 200 requests/s, of that before; {swap['errors']} errors of "
                  f"{swap['requests']:,} | {swap['p99_during']:.1f} | {swap['p99_before']:.1f} | {swap['ratio']:.2f} | "
                  "at most 5 |")  # fmt: skip
-    lines.append(f"| resident MiB after {long['requests']:,} requests, of that after 10,000 | "
-                 f"{long['last'] / 2**20:,.0f} | {long['first'] / 2**20:,.0f} | {long['ratio']:.2f} | at most 1.1 |")  # fmt: skip
+    last, first = (f"{long[key] / 2**20:,.0f}" for key in ("last", "first"))
+    lines.append(f"| resident MiB after {long['requests']:,} requests, of that after 10,000 | {last} | {first} | "
+                 f"{long['ratio']:.2f} | at most 1.1 |")  # fmt: skip
     return "\n".join(lines)
 
 

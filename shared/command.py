@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
 
   list                    the tasks, one line each
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
+  launch TASK [flags]     train in several processes of this machine: --workers=2
   evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
   ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
   load TASK [flags]       load a running server: throughput, latency, and where the time of a request goes
@@ -64,6 +66,15 @@ class Load:
     rate: float = 0.0  # requests a second, sent when they are due whatever the server does; 0: callers as above
     batch: int = 1  # examples of one request: the same, repeated
     saved_models: str = "saved_models"  # folder of exported versions, for the warm-up request
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Train a task in several processes of this machine. All other flags are the task's."""
+
+    workers: int = 2  # processes
+    name: str = ""  # of the run; empty: the task's name and the time
+    runs: str = "runs"  # folder for logs, checkpoints and pictures of runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +130,7 @@ def main() -> None:
         print(USAGE)
         return
     command, rest = words[0], words[1:]
-    commands = {"list": _list, "train": _train, "evaluate": _evaluate, "ask": _ask, "load": _load,
+    commands = {"list": _list, "train": _train, "launch": _launch, "evaluate": _evaluate, "ask": _ask, "load": _load,
                 "explain": _explain, "serve": _serve}  # fmt: skip
     if command not in commands:
         _refuse(f"unknown command {command}; one of {', '.join(commands)}")
@@ -194,6 +205,19 @@ def _train(words: list[str]) -> None:
     module = _import(task)
     config = module.Config(**dataclasses.asdict(flags))
     run.run(task, module, config)
+
+
+def _launch(words: list[str]) -> None:
+    task, words = _named([word for word in words if not word.startswith("-")][:1]
+                         + [word for word in words if word.startswith("-")], "launch")  # fmt: skip
+    flags, rest = tyro.cli(Launch, args=words, prog=f"cornucopia launch {task}", return_unknown_args=True)
+    if flags.workers < 1:
+        _refuse(f"--workers={flags.workers} trains nothing; give 1 or more")
+    tyro.cli(head(task), args=rest, prog=f"cornucopia launch {task}")  # a wrong flag is told once, and at once
+    from shared import launch
+
+    name = flags.name or f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    raise SystemExit(launch.launch(task, rest, workers=flags.workers, runs=flags.runs, name=name))
 
 
 def _evaluate(words: list[str]) -> None:

@@ -107,9 +107,15 @@ def _state(endpoint: tf.Module, functions: Iterable[tf.types.experimental.Concre
     parts = [part.value if isinstance(part, keras.Variable) else part for part in parts]
     used = {id(variable) for function in functions for variable in function.graph.variables}
     state = tf.Module()
-    state.variables_used = [part for part in parts if id(part) in used]
+    state.variables_used = [part for part in parts if used & {id(one) for one in _copies(part)}]
     state.resources = [part for part in parts if isinstance(part, tf.saved_model.experimental.TrackableResource)]
     return state
+
+
+def _copies(part: Any) -> list[Any]:
+    """A part of an endpoint itself and, of a variable that lies on several devices, those that functions there read."""
+    components = getattr(part, "values", ())
+    return [part, *(components if isinstance(components, tuple) else ())]
 
 
 def _write_warm_up(path: Path, task_name: str, request: Mapping[str, np.ndarray]) -> None:

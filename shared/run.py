@@ -30,7 +30,14 @@ class Config:
     deterministic: bool = False  # make two runs equal to the bit, at some cost in speed
     # Of the network's arithmetic; auto: mixed_bfloat16 where the processor multiplies it in hardware, else float32.
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    strategy: Literal["auto", "one", "mirrored"] = "auto"  # devices: auto is every GPU, or the one CPU
+    # Devices: auto is every GPU, or the one CPU, and many workers where TF_CONFIG or Slurm names them.
+    strategy: Literal["auto", "one", "mirrored", "multiworker"] = "auto"
+    clip: float = 0.0  # longest gradient, of all weights together; longer ones are shortened to it; 0: any
+    checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: a minute's worth
+    max_hours: float = 0.0  # of training; then the best epoch so far is the result; 0: any
+    max_cost: float = 0.0  # of training, in the currency of --price-per-hour; 0: any
+    price_per_hour: float = 0.0  # of this machine, or of all workers together
+    watts: float = 150.0  # that the machine is assumed to draw, for the estimate of energy
     on_error: Literal["fail", "skip"] = "fail"  # what an unreadable example does to the run
     name: str = ""  # of the run, its folder below `runs`; empty: the task's name and the time
     resume: bool = False  # go on with the run of that name, or with the task's newest
@@ -54,6 +61,9 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     if folds:
         learned = cross_validate(task, config, folds, learned)
     model, splits, about = learned.model, learned.splits, learned.about
+    if not training.workers.chief():
+        training.workers.meet(training.strategy(config.strategy))  # the chief exports
+        return {}
     endpoint = task.Endpoint(config, model, splits)
     report = {
         "task": task_name,
@@ -73,6 +83,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     report["served"] = checking.check(candidate, endpoint, task_name, splits.request)
     version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
+    training.workers.meet(training.strategy(config.strategy))
     say("cost", training.describe(report["cost"]))
     say("served", f"{report['served']['answers']} answers over gRPC equal the model in memory, "
                   f"largest difference {report['served']['largest_difference']:.1e}, "
@@ -116,8 +127,10 @@ def _learn(task: ModuleType, config: Config) -> Learned:
     with training.strategy(config.strategy).scope():
         model = task.build(config, splits)
     cost = task.train(config, model, splits)
+    # Of many workers each measures, for its devices answer together; what needs no network is the chief's.
+    test = task.measure(config, model, splits)
     learned = Learned(
-        model, splits, splits.about, cost, task.measure(config, model, splits), task.baseline(config, splits)
+        model, splits, splits.about, cost, test, task.baseline(config, splits) if training.workers.chief() else test
     )
     _compare(learned)
     return learned

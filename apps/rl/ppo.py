@@ -59,7 +59,7 @@ def load(config: Config) -> data.Splits:
         raise ValueError(
             f"--steps={config.steps or steps} are too few for {config.epochs} epochs with --batch={config.batch}"
         )
-    if config.strategy == "mirrored":
+    if config.strategy in ("mirrored", "multiworker"):
         raise ValueError("rl.ppo learns on one device; leave --strategy out")
     run.say("world", f"{world.name}: {world.size} numbers observed, {world.described}, episodes of {world.limit:,} "
             f"steps at most")  # fmt: skip

@@ -1,10 +1,16 @@
 """What a run costs: time, the share of it spent waiting for input, memory."""
 
+import functools
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
+import keras
 import tensorflow as tf
+
+from shared.data import Splits
+from shared.run import Config
 
 
 class InputClock:
@@ -34,6 +40,64 @@ class InputClock:
         return float(self._waited.numpy())
 
 
+def account(
+    config: Config, model: keras.Model, splits: Splits, *, seconds: float, steps: int, devices: int
+) -> dict[str, float]:
+    """What training took: devices' time, arithmetic, energy, money.
+
+    Returns:
+        `device_seconds`; `examples`; `flops_per_example` of a forward pass, counted in the graph where Keras can trace
+        one; `flops_per_second`, of training: three times that, for the backward pass costs about two (Kaplan et al.
+        2020, section 2.1); `peak_flops_per_second` of this machine, measured by a product of matrices, and the
+        `share_of_peak`; `kilowatt_hours` at the assumed watts; `price`, where the hour has one.
+    """
+    hours = seconds / 3600
+    found = {"device_seconds": seconds * devices, "examples": float(config.batch * steps),
+             "watts_assumed": config.watts, "kilowatt_hours": config.watts * hours / 1000}  # fmt: skip
+    if config.price_per_hour:
+        found["price"] = config.price_per_hour * hours
+    flops = forward_flops(model, splits)
+    if flops and seconds:
+        found["flops_per_example"] = flops
+        found["flops_per_second"] = 3 * flops * config.batch * steps / seconds
+        found["peak_flops_per_second"] = peak_flops()
+        found["share_of_peak"] = found["flops_per_second"] / found["peak_flops_per_second"]
+    return found
+
+
+def forward_flops(model: keras.Model, splits: Splits) -> float:
+    """Floating-point operations of a forward pass, an example, as TensorFlow's profiler counts a graph; 0: unknown."""
+    inputs = splits.stream(0).element_spec[0]
+    one = tf.nest.map_structure(lambda spec: tf.TensorSpec([1, *spec.shape[1:]], spec.dtype), inputs)
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")  # the profiler of graphs calls what TensorFlow 2 would rather have left behind
+    try:
+        graph = tf.function(lambda given: model(given, training=False)).get_concrete_function(one).graph
+        options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+        options["output"] = "none"
+        return float(tf.compat.v1.profiler.profile(graph, options=options).total_float_ops)
+    except (TypeError, ValueError, AttributeError, tf.errors.OpError):  # a model that is called in another way
+        return 0.0
+    finally:
+        logger.setLevel(level)
+
+
+@functools.cache
+def peak_flops(size: int = 1024) -> float:
+    """Floating-point operations a second of a float32 product of matrices: the best of five."""
+    a = tf.random.stateless_normal([size, size], [1, 2])
+    multiply = tf.function(lambda x: tf.linalg.matmul(x, x))
+    best = min(_seconds(lambda: multiply(a).numpy()) for _ in range(6))
+    return 2 * size**3 / best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
 def peak_bytes() -> int:
     """The most memory that this process has held resident, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -43,7 +107,15 @@ def peak_bytes() -> int:
 def describe(cost: Mapping[str, float]) -> str:
     """One line on a run's cost, for people."""
     waited = f"{cost['input_wait']:.1%} of it waiting for input, " if "input_wait" in cost else ""
+    spent = ""
+    if "flops_per_second" in cost:
+        spent += (f", {cost['flops_per_second'] / 1e9:.1f} GFLOP/s ({cost['share_of_peak']:.0%} of the "
+                  f"{cost['peak_flops_per_second'] / 1e9:.0f} measured here)")  # fmt: skip
+    if "kilowatt_hours" in cost:
+        spent += f", {1000 * cost['kilowatt_hours']:.1f} Wh at {cost['watts_assumed']:g} W assumed"
+    if "price" in cost:
+        spent += f", price {cost['price']:.2f}"
     return (
         f"{cost['train_seconds'] / 60:.1f} minutes of training, {cost['examples_per_second']:,.0f} examples/s, "
-        f"{waited}peak memory {cost['peak_bytes'] / 2**30:.2f} GiB"
+        f"{waited}peak memory {cost['peak_bytes'] / 2**30:.2f} GiB{spent}"
     )

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import keras
 
 from shared.data import Splits
 from shared.run import Config, say, seconds_since_start
-from shared.training.cost import InputClock
+from shared.training import diagnosis, workers
+from shared.training.cost import InputClock, account
 from shared.training.start import strategy
 
 
@@ -35,20 +38,25 @@ def fit(
 ) -> dict[str, float]:
     """Train a compiled model to its best epoch by validation loss or, where it has one, validation accuracy.
 
-    Everything is written below `config.folder`. A run that was killed goes on where its last finished epoch ended, on
-    the batches that came next, so that it ends with the weights of a run that was never interrupted.
+    Everything is written below `config.folder`. A run that was killed goes on from its last checkpoint, on the batches
+    that came next, so that it ends with the weights of a run that was never interrupted. SIGTERM saves and ends the
+    process with exit code 0; a second one ends it at once.
 
     Returns:
         `train_seconds`, without validation, over all sittings; `examples_per_second` of it; `epochs` that were run;
-        `best_epoch`, counted from 1; but for deterministic mode `input_wait`, the share of this sitting's training
-        that was spent waiting for input.
+        `best_epoch`, counted from 1; what the run cost (`cost.account`); but for deterministic mode `input_wait`, the
+        share of this sitting's training that was spent waiting for input.
 
     Raises:
-        FloatingPointError: the loss is not finite any more.
+        FloatingPointError: the loss is not finite any more; names the layer where that begins.
+        SystemExit: SIGTERM came, and the run is saved.
     """
-    keeper = _Keeper(config)
+    devices = strategy(config.strategy)
+    keeper = _Keeper(config, splits)
     keeper.set_model(model)
-    with strategy(config.strategy).scope():
+    if config.clip:
+        getattr(model.optimizer, "inner_optimizer", model.optimizer).global_clipnorm = config.clip
+    with devices.scope():
         model.optimizer.build(model.trainable_variables)
         keeper.restore()
     clock = InputClock()
@@ -56,23 +64,31 @@ def fit(
     say(
         "network", f"{model.name}: {size}, {splits.steps:,} steps of {config.batch} an epoch, {model.dtype_policy.name}"
     )
-    if keeper.epoch < config.epochs and not keeper.stopped:
-        batches = splits.stream(keeper.steps_done)
-        model.fit(
-            batches if config.deterministic else clock.watch(batches),  # no clock is allowed in deterministic mode
-            steps_per_epoch=splits.steps,
-            validation_data=splits.validation,
-            initial_epoch=keeper.epoch,
-            epochs=config.epochs,
-            shuffle=False,
-            verbose=0,
-            callbacks=[
-                keras.callbacks.TensorBoard(config.folder / "logs", write_graph=False),
-                *callbacks,
-                keeper,
-            ],
-        )
-    with strategy(config.strategy).scope():
+    watched = not config.deterministic and not workers.many(devices)  # no clock is allowed in deterministic mode
+    watchers = []
+    if workers.chief():
+        watchers.append(keras.callbacks.TensorBoard(config.folder / "logs", write_graph=False))
+    if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
+        watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
+    with keeper.listening():
+        while keeper.epoch < config.epochs and not keeper.stopped:
+            batches = splits.stream(keeper.steps_done + keeper.step_in_epoch)
+            model.fit(
+                workers.shared_out(devices, clock.watch(batches) if watched else batches, batch=config.batch),
+                # What is left of an epoch that was broken off is an epoch of its own to Keras.
+                steps_per_epoch=splits.steps - keeper.step_in_epoch,
+                validation_data=splits.validation,
+                initial_epoch=keeper.epoch,
+                epochs=keeper.epoch + 1 if keeper.step_in_epoch else config.epochs,
+                shuffle=False,
+                verbose=0,
+                callbacks=[
+                    *watchers,
+                    *callbacks,
+                    keeper,
+                ],
+            )
+    with devices.scope():
         keeper.take_best()
     plot_curves(keeper.history, config.folder / "learning_curve.png")
     cost = {
@@ -80,8 +96,10 @@ def fit(
         "examples_per_second": config.batch * keeper.steps_done / max(keeper.seconds, 1e-9),
         "epochs": keeper.epoch,
         "best_epoch": keeper.best_epoch + 1,
-    }
-    if keeper.seconds_here and not config.deterministic:
+        **account(config, model, splits, seconds=keeper.seconds, steps=keeper.steps_done,
+                  devices=devices.num_replicas_in_sync),
+    }  # fmt: skip
+    if keeper.seconds_here and watched:
         cost["input_wait"] = clock.seconds / keeper.seconds_here
     return cost
 
@@ -89,27 +107,49 @@ def fit(
 class _Keeper(keras.callbacks.Callback):
     """Keeps the last and the best weights and the history on disk, times and reports epochs, stops in time.
 
-    `checkpoint-N/` stands for N finished epochs. It is written under another name and then renamed, and older ones go
-    only after that, so that there is a whole one at any moment from the first epoch's end.
+    `checkpoint-N` stands for N finished epochs, `checkpoint-N-at-S` for S steps of the next. Each is written under
+    another name and then renamed, and of the older ones the newest stays, in case this one is damaged.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, splits: Splits):
         super().__init__()
-        self.config = config
+        self.config, self.splits = config, splits
         self.epoch = 0  # finished ones
+        self.step_in_epoch = 0  # steps of the epoch that was not finished
         self.best_epoch = 0
         self.best = [-math.inf]
         self.history: dict[str, list[float]] = {}
         self.seconds = 0.0  # of training, over all sittings
         self.seconds_here = 0.0  # of this sitting
-        self.steps_done = 0
+        self.steps_done = 0  # of finished epochs
         self.stopped = False
         self._since = None
         self._begun = False
+        self._measured: list = []  # what the metrics of the broken-off epoch had counted
+        self._saved_at = time.monotonic()
+        self._terminated = False
+
+    @contextlib.contextmanager
+    def listening(self):
+        """While this block lasts, SIGTERM saves at the next step; a second one ends the process at once."""
+
+        def end(*_):
+            if self._terminated:
+                os._exit(128 + signal.SIGTERM)
+            self._terminated = True
+
+        if threading.current_thread() is not threading.main_thread() or workers.many(strategy(self.config.strategy)):
+            yield  # among many workers none can stop alone: a second's notice is what the last checkpoint is for
+            return
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint of the run, if there is one; one that is damaged is named and left."""
-        for folder in sorted(self.config.folder.glob("checkpoint-*"), key=_number, reverse=True):
+        for folder in sorted(self.config.folder.glob("checkpoint-*"), key=_place, reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
                 self.model.load_weights(folder / "last.weights.h5")
@@ -118,12 +158,15 @@ class _Keeper(keras.callbacks.Callback):
                 continue
             for variable, value in zip(self._seeds(), state.pop("seeds"), strict=True):
                 variable.assign(value)
+            self._measured = state.pop("measured")
             for key, value in state.items():
                 setattr(self, key, value)
-            say("resume", f"{self.epoch} of {self.config.epochs} epochs are done, best so far {self.best_epoch + 1}")
+            within = f" and {self.step_in_epoch} steps of the next" if self.step_in_epoch else ""
+            say("resume", f"{self.epoch} of {self.config.epochs} epochs{within} are done, "
+                          f"best so far {self.best_epoch + 1}")  # fmt: skip
             return
         if self.config.resume:
-            say("resume", "no epoch was finished; starting anew")
+            say("resume", "nothing was saved; starting anew")
 
     def take_best(self) -> None:
         """Put the best epoch's weights into the model."""
@@ -137,17 +180,44 @@ class _Keeper(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._since = time.perf_counter()
+        self._before = self.step_in_epoch
 
     def on_train_batch_end(self, batch, logs=None):
         self._last = batch
         if not self._begun:
             self._begun = True
             say("", f"first step done {seconds_since_start():.1f} s after the command was given")
+        if self._measured:  # the metrics exist only now; what they count, sums, goes on where it was
+            for variable, value in zip(self.model.metrics_variables, self._measured, strict=True):
+                variable.assign_add(value)
+            self._measured = []
+            logs = {**(logs or {}), "loss": logs["loss"]}
         if logs and not math.isfinite(logs["loss"]):
+            step = self.steps_done + self._before + batch
             raise FloatingPointError(
-                f"the loss became {logs['loss']} in epoch {self.epoch + 1}; lower the learning rate, or use "
-                f"--precision=float32; the last finished epoch is in {self.config.folder}"
+                f"the loss became {logs['loss']} in epoch {self.epoch + 1}, step {self._before + batch + 1}"
+                f"{diagnosis.origin(self.model, self.splits.stream(step))}; lower the learning rate, use --clip=1 or "
+                f"--precision=float32; what was saved is in {self.config.folder}"
             )
+        done = self._before + batch + 1
+        if self._terminated:
+            self._save_within(done)
+            say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
+            raise SystemExit(0)
+        if done < self.splits.steps and self._due(done):
+            self._save_within(done)
+        if self._spent() > _most_seconds(self.config):
+            say("", "the time or the money that was given is used up: stopping")
+            self.stopped = self.model.stop_training = True
+
+    def _due(self, done: int) -> bool:
+        every = self.config.checkpoint_every
+        if every or workers.many(strategy(self.config.strategy)):  # where all must save at one step, clocks differ
+            return done % (every or 1000) == 0
+        return time.monotonic() - self._saved_at > 60
+
+    def _spent(self) -> float:
+        return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def on_test_begin(self, logs=None):
         self._stop_clock()  # validation between epochs is not training time
@@ -156,7 +226,8 @@ class _Keeper(keras.callbacks.Callback):
         self._stop_clock()
         logs = {key: float(value) for key, value in logs.items()}
         steps = self._last + 1
-        self.steps_done += steps
+        self.steps_done += self._before + steps
+        self.step_in_epoch = 0
         self.epoch = epoch + 1
         for key, value in logs.items():
             self.history.setdefault(key, []).append(value)
@@ -164,14 +235,17 @@ class _Keeper(keras.callbacks.Callback):
         better = score >= self.best  # of equals the later, which has learned more
         if better:
             self.best, self.best_epoch = score, epoch
-        self.stopped = epoch - self.best_epoch >= self.config.patience
-        self._save(better)
+        patient = epoch - self.best_epoch < self.config.patience
+        self.stopped = self.stopped or not patient
+        self._save(f"checkpoint-{self.epoch}", better=better)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key != "learning_rate")
         rate = steps * self.config.batch / self._took
         say(f"{epoch + 1:>3}/{self.config.epochs}", f"{shown}  {rate:,.0f} examples/s{'  *' if better else ''}")
-        if self.stopped:
+        for warning in diagnosis.warnings(self.history, self.splits):
+            say("warning", warning)
+        if not patient:
             say("", f"no better epoch since {self.best_epoch + 1}: stopping early")
-            self.model.stop_training = True
+        self.model.stop_training = self.stopped
 
     def _stop_clock(self):
         if self._since is not None:
@@ -180,33 +254,59 @@ class _Keeper(keras.callbacks.Callback):
             self.seconds_here += self._took
             self._since = None
 
-    def _save(self, better: bool) -> None:
-        names = ("epoch", "best_epoch", "best", "history", "seconds", "steps_done", "stopped")
-        folder = self.config.folder / f"checkpoint-{self.epoch}"
-        older = [path for path in self.config.folder.glob("checkpoint-*") if path != folder]
-        draft = self.config.folder / f"draft-{os.getpid()}"
+    def _save_within(self, done: int) -> None:
+        """Save in the middle of an epoch, with what its metrics have counted so far."""
+        self.step_in_epoch = done
+        kept, self.seconds = self.seconds, self._spent()
+        measured = [keras.ops.convert_to_numpy(variable).tolist() for variable in self.model.metrics_variables]
+        self._save(f"checkpoint-{self.epoch}-at-{done}", better=False, measured=measured)
+        self.seconds, self.step_in_epoch = kept, 0
+
+    def _save(self, name: str, *, better: bool, measured: list = ()) -> None:
+        names = ("epoch", "step_in_epoch", "best_epoch", "best", "history", "seconds", "steps_done", "stopped")
+        folder = self.config.folder / name
+        older = sorted((path for path in self.config.folder.glob("checkpoint-*") if path != folder), key=_place)
+        draft = self.config.folder / f"draft-{workers.index()}-{os.getpid()}"
+        self._saved_at = time.monotonic()
         try:
             draft.mkdir(exist_ok=True)
-            self.model.save_weights(draft / "last.weights.h5")
-            best = draft / "last.weights.h5" if better else max(older, key=_number) / "best.weights.h5"
-            shutil.copy(best, draft / "best.weights.h5")
+            self.model.save_weights(draft / "last.weights.h5")  # by every worker: some variables all must read
+            if not workers.chief():
+                shutil.rmtree(draft)
+                return
+            if better:
+                shutil.copy(draft / "last.weights.h5", draft / "best.weights.h5")
+            elif older and (older[-1] / "best.weights.h5").exists():
+                shutil.copy(older[-1] / "best.weights.h5", draft / "best.weights.h5")
             state = {name: getattr(self, name) for name in names}
             state["seeds"] = [keras.ops.convert_to_numpy(variable).tolist() for variable in self._seeds()]
+            state["measured"] = list(measured)
             (draft / "state.json").write_text(json.dumps(state))
+            if folder.exists():  # a damaged one of that name
+                shutil.rmtree(folder)
             draft.rename(folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise OSError(
-                f"cannot save epoch {self.epoch} to {folder}: {error}; make room, then go on with --resume "
-                f"--name={self.config.name}"
+                f"cannot save to {folder}: {error}; make room, then go on with --resume --name={self.config.name}"
             ) from error
-        for path in older:
+        for path in older[:-1]:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
 
 
-def _number(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+def _place(folder: Path) -> tuple[int, int]:
+    """Epochs and steps that a checkpoint stands for."""
+    epoch, _, step = folder.name.removeprefix("checkpoint-").partition("-at-")
+    return int(epoch), int(step or 0)
+
+
+def _most_seconds(config: Config) -> float:
+    """That training may take, by its time and by its price."""
+    limits = [3600 * config.max_hours] if config.max_hours else []
+    if config.max_cost:
+        limits.append(3600 * config.max_cost / config.price_per_hour)
+    return min(limits, default=math.inf)
 
 
 def plot_curves(history: dict[str, list[float]], path: Path) -> None:

@@ -11,9 +11,13 @@ import keras
 import tensorflow as tf
 
 from shared.run import Config, say
+from shared.training import workers
 
 # What may differ between a run and the one that goes on with it.
-_FREE = ("resume", "name", "runs", "saved_models")
+_FREE = (
+    "resume", "name", "runs", "saved_models", "checkpoint_every", "max_hours", "max_cost", "price_per_hour", "watts",
+    "strategy",
+)  # fmt: skip
 
 
 def begin(task_name: str, config: Config) -> Config:
@@ -24,6 +28,13 @@ def begin(task_name: str, config: Config) -> Config:
         ValueError: the run to go on with had other settings; says which.
         OSError: a folder cannot be written to, said before any work is done.
     """
+    if config.max_cost and not config.price_per_hour:
+        raise ValueError("--max-cost needs --price-per-hour: what an hour of this machine costs")
+    if config.strategy == "multiworker" or (config.strategy == "auto" and workers.configured()):
+        config = dataclasses.replace(config, strategy="multiworker")
+        if not config.name:
+            raise ValueError("many workers need one name for their run: give --name, the same to each")
+        strategy("multiworker")  # before anything else of TensorFlow
     name = config.name or (_newest(task_name, Path(config.runs)) if config.resume else _fresh(task_name, config))
     config = dataclasses.replace(config, name=name)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
@@ -36,7 +47,9 @@ def begin(task_name: str, config: Config) -> Config:
         except OSError as error:
             raise OSError(f"cannot write to {folder}: {error.strerror}; make room or name another folder") from error
     record = config.folder / "config.json"
-    if config.resume:
+    if not workers.chief():
+        pass  # the chief looks after the record
+    elif config.resume:
         if not record.exists():
             raise FileNotFoundError(f"there is no run in {config.folder} to go on with; leave out --resume")
         before = json.loads(record.read_text())["config"]
@@ -76,10 +89,13 @@ def strategy(name: str = "auto") -> tf.distribute.Strategy:
 
     Args:
         name: "one" device, "mirrored" over all GPUs, or without GPUs over all logical CPUs, or "auto": mirrored
-            where there is more than one GPU.
+            where there is more than one GPU, "multiworker": all devices of all processes in TF_CONFIG or Slurm.
     """
+    if name == "multiworker":
+        return workers.join()
     gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
+        workers.mend()
         devices = gpus or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()

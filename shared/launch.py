@@ -1,0 +1,88 @@
+"""Several local processes that train one task together: `cornucopia launch --workers=2 TASK …`, to try it out."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRACE = 10.0  # seconds that a worker has to end before it is killed
+
+
+def launch(task: str, words: list[str], *, workers: int, runs: str, name: str) -> int:
+    """Start the workers and wait; each writes `RUNS/NAME/worker-N.log`, the first also here. Return the exit code.
+
+    When one fails, the others, which would wait for it for ever, are stopped. Ctrl-C and SIGTERM stop them all.
+    """
+    folder = Path(runs) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    addresses = [f"127.0.0.1:{port}" for port in _free_ports(workers)]
+    program = [sys.executable, "-c", "from shared.command import main; main()", "train", task, *words,
+               "--strategy=multiworker", f"--name={name}", f"--runs={runs}"]  # fmt: skip
+    processes, logs = [], []
+    for index in range(workers):
+        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        log = (folder / f"worker-{index}.log").open("w")
+        logs.append(log)
+        environment = {**os.environ, "TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+        processes.append(subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    stopping = []
+    before = {
+        number: signal.signal(number, lambda *_: stopping.append(1)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    print(f"workers    {', '.join(addresses)}; logs in {folder}/worker-*.log", flush=True)
+    try:
+        return _attend(processes, folder / "worker-0.log", stopping)
+    finally:
+        _stop(processes)
+        for log in logs:
+            log.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _attend(processes: list[subprocess.Popen], log: Path, stopping: list) -> int:
+    with log.open() as first:
+        while True:
+            print(first.read(), end="", flush=True)
+            codes = [process.poll() for process in processes]
+            failed = [index for index, code in enumerate(codes) if code]
+            if failed:
+                print(first.read(), end="")
+                index = failed[0]
+                print(f"launch     worker {index} ended with exit code {codes[index]}; the others are stopped; see "
+                      f"{log.parent / f'worker-{index}.log'}", flush=True)  # fmt: skip
+                return 1
+            if all(code == 0 for code in codes):
+                print(first.read(), end="", flush=True)
+                return 0
+            if stopping:
+                print("launch     stopped; go on with --resume", flush=True)
+                return 130
+            time.sleep(0.1)
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    end = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -1,0 +1,161 @@
+"""Many processes that train one model: who they are, how data is shared out, and what Keras needs mended for it.
+
+`model.fit` fails under MultiWorkerMirroredStrategy (keras issue 20585) at two places of Keras 3.15's trainer for
+TensorFlow; `mend` replaces them, and how it shares out data. tests/test_workers.py fails when Keras needs it no longer.
+"""
+
+import json
+import os
+
+import tensorflow as tf
+
+
+def configured() -> bool:
+    """Whether TF_CONFIG or Slurm names more than one worker."""
+    if os.environ.get("TF_CONFIG"):
+        return len(_cluster().get("worker", [])) + len(_cluster().get("chief", [])) > 1
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
+def _cluster() -> dict:
+    return json.loads(os.environ["TF_CONFIG"]).get("cluster", {})
+
+
+def index() -> int:
+    """Which worker this process is, counted from 0; 0 where there is but one."""
+    if os.environ.get("TF_CONFIG"):
+        task = json.loads(os.environ["TF_CONFIG"]).get("task", {})
+        return int(task.get("index", 0)) + (len(_cluster().get("chief", [])) if task.get("type") == "worker" else 0)
+    return int(os.environ.get("SLURM_PROCID", "0")) if configured() else 0
+
+
+def chief() -> bool:
+    """Whether this process writes what the workers have in common."""
+    return index() == 0
+
+
+def many(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy spans processes."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def join() -> tf.distribute.Strategy:
+    """The strategy over all workers' devices; made before TensorFlow does anything else, as its collectives demand."""
+    if not configured():
+        raise ValueError("--strategy=multiworker needs TF_CONFIG, or Slurm, to name more than one worker; "
+                         "cornucopia launch --workers=2 TASK starts some here")  # fmt: skip
+    if os.environ.get("TF_CONFIG"):
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    else:
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver()
+    gpus = bool(tf.config.list_physical_devices("GPU"))
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=implementation.NCCL if gpus else implementation.RING
+    )
+    mend()
+    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver, communication_options=options)
+
+
+def mend() -> None:
+    """Put right what Keras's trainer does where a strategy spans devices or processes."""
+    from keras.src import tree
+    from keras.src.backend.tensorflow import trainer
+
+    if getattr(trainer.reduce_per_replica, "mended", False):
+        return
+    keras_reduces, keras_builds = trainer.reduce_per_replica, trainer.TensorFlowTrainer._maybe_symbolic_build
+
+    def reduce_per_replica(values, strategy, reduction):
+        if not many(strategy):
+            return keras_reduces(values, strategy, reduction)
+        if reduction == "concat":  # what this worker predicts is of its own data
+            return tree.map_structure(lambda one: tf.concat(strategy.experimental_local_results(one), 0), values)
+        # Metrics come without a dimension to take the mean over.
+        return tree.map_structure(lambda one: strategy.reduce("MEAN", one, axis=None), values)
+
+    def maybe_symbolic_build(self, iterator=None, data_batch=None):
+        strategy = self._distribute_strategy
+        if iterator is None or strategy is None:
+            return keras_builds(self, iterator=iterator, data_batch=data_batch)
+        for _, _, batches in iterator:
+            # The mean over devices of a batch, which Keras asks for, is no batch, and fails where parts are uneven.
+            data_batch = tree.map_structure(lambda one: strategy.experimental_local_results(one)[0], next(batches))
+            break
+        with strategy.scope():
+            return self._symbolic_build(data_batch=data_batch)
+
+    class EpochIterator(trainer.TFEpochIterator):
+        def __init__(self, distribute_strategy=None, *arguments, **named):
+            super().__init__(_Whole(distribute_strategy) if many(distribute_strategy) else distribute_strategy,
+                             *arguments, **named)  # fmt: skip
+            self._distribute_strategy = distribute_strategy
+
+    reduce_per_replica.mended = True
+    trainer.reduce_per_replica = reduce_per_replica
+    trainer.TensorFlowTrainer._maybe_symbolic_build = maybe_symbolic_build
+    trainer.TFEpochIterator = EpochIterator
+
+
+class _Whole:
+    """Distributes a dataset so that every worker sees all of it, its devices in parts.
+
+    For validation and prediction. Keras would have each worker read another share, and of as many batches as there are
+    in all: examples would be left out, and the answers to be predicted lie on many machines.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        self._strategy = strategy
+
+    def experimental_distribute_dataset(self, batches: tf.data.Dataset):
+        def mine(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            return in_parts(batches, first=0, count=context.num_replicas_in_sync // context.num_input_pipelines)
+
+        return self._strategy.distribute_datasets_from_function(mine)
+
+
+def in_parts(batches: tf.data.Dataset, *, first: int, count: int, of: int = 0) -> tf.data.Dataset:
+    """Each batch as `count` batches, the parts from `first` on of `of` parts, all of them where that is 0."""
+    of = of or count
+    if of == 1:
+        return batches
+
+    def parts(*whole):
+        rows = tf.shape(tf.nest.flatten(whole)[0])[0]
+
+        def part(at):
+            at = tf.cast(at, tf.int32)
+            begin, end = rows * at // of, rows * (at + 1) // of
+            return tf.nest.map_structure(lambda one: one[begin:end], whole)
+
+        return tf.data.Dataset.range(first, first + count).map(part)
+
+    return batches.flat_map(parts)
+
+
+def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, batch: int):
+    """Training batches, of which each worker's devices get their part; as they are where there is one process.
+
+    Every worker makes the whole batch, which is a pure function of the seed and the step, and keeps its part: so many
+    workers see what one would.
+    """
+    if not many(strategy):
+        return batches
+    replicas = strategy.num_replicas_in_sync
+    if batch % replicas:
+        raise ValueError(f"a batch of {batch} cannot be shared by {replicas} devices alike: "
+                         f"give --batch={batch // replicas * replicas or replicas}")  # fmt: skip
+
+    def mine(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        local = replicas // context.num_input_pipelines
+        parts = in_parts(batches, first=context.input_pipeline_id * local, count=local, of=replicas)
+        return parts.prefetch(2 * local)
+
+    return strategy.distribute_datasets_from_function(mine)
+
+
+def meet(strategy: tf.distribute.Strategy) -> None:
+    """Wait until every worker is here: one that leaves before the others have ended would break them off."""
+    if many(strategy):
+        one = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(1.0)))
+        strategy.experimental_local_results(one)[0].numpy()

@@ -1,0 +1,250 @@
+"""A run that is killed, told to end, or finds its disk damaged goes on as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_training import history, make_config, make_model, make_splits
+
+from shared import training
+from shared.training import diagnosis, fitting
+
+LONG = (
+    "vision.classify",
+    "--size=8",
+    "--width=8",
+    "--batch=16",
+    "--epochs=3",
+    "--deterministic",
+    "--checkpoint-every=5",
+)
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """Break off after a step of the whole run, as a kill would."""
+
+    class Keeper(fitting._Keeper):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+            if self.steps_done + self._before + batch + 1 == step:
+                raise KilledError
+
+    monkeypatch.setattr(fitting, "_Keeper", Keeper)
+
+
+@pytest.mark.parametrize("step", [3, 8, 13, 22])  # of 8 an epoch
+def test_killed_within_an_epoch_equals_uninterrupted(tmp_path, monkeypatch, step):
+    splits = make_splits()
+    whole = make_config(tmp_path, name="whole")
+    expected = make_model(whole, splits, dropout=0.3)
+    training.fit(whole, expected, splits)
+    broken = make_config(tmp_path, name="broken", checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        killed_at(patch, step)
+        with pytest.raises(KilledError):
+            training.fit(broken, make_model(broken, splits, dropout=0.3), splits)
+    newest = max(broken.folder.glob("checkpoint-*"), key=fitting._place)
+    epoch, within = fitting._place(newest)
+    assert step - (8 * epoch + within) <= 2  # no more than so many steps are lost
+    again = dataclasses.replace(broken, resume=True, seed=7)
+    resumed = make_model(again, splits, dropout=0.3)
+    training.fit(again, resumed, splits)
+    for want, have in zip(expected.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(want, have)
+    for metric, curve in history(whole).items():
+        np.testing.assert_allclose(history(again)[metric], curve, rtol=1e-6, err_msg=metric)
+
+
+def command(tmp_path, *flags):
+    words = [Path(sys.executable).with_name("cornucopia"), "train", *LONG, *flags]
+    return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(tmp_path, name, pattern, process):
+    end = time.monotonic() + 120
+    while not list((tmp_path / "runs" / name).glob(pattern)):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+
+
+def weights(tmp_path, version):
+    path = tmp_path / "saved_models" / "vision.classify" / str(version) / "assets.extra" / "model.keras"
+    return keras.saving.load_model(path).get_weights()
+
+
+def test_sigkill_and_sigterm_as_a_user_meets_them(cornucopia, tmp_path):
+    cornucopia("train", *LONG, "--name=whole")
+    with command(tmp_path, "--name=broken") as process:
+        wait_for(tmp_path, "broken", "checkpoint-0-at-*", process)
+        process.kill()
+    with command(tmp_path, "--name=broken", "--resume") as process:
+        wait_for(tmp_path, "broken", "checkpoint-1-at-*", process)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "by SIGTERM, saved; go on with --resume --name=broken" in said
+    done = cornucopia("train", *LONG, "--name=broken", "--resume")
+    assert "steps of the next are done" in done.stdout
+    for want, have in zip(weights(tmp_path, 1), weights(tmp_path, 2), strict=True):
+        np.testing.assert_array_equal(want, have)
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    config, splits = make_config(tmp_path), make_splits()
+    keeper = fitting._Keeper(config, splits)
+    child = os.fork()
+    if not child:
+        with keeper.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert keeper._terminated
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "without its state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys, damage):
+    config, splits = make_config(tmp_path), make_splits()
+    expected = make_model(config, splits)
+    training.fit(config, expected, splits)
+    newest = config.folder / "checkpoint-4"
+    weights_ = newest / "last.weights.h5"
+    if damage == "cut":
+        weights_.write_bytes(weights_.read_bytes()[: weights_.stat().st_size // 2])
+    elif damage == "emptied":
+        weights_.write_bytes(b"")
+    else:
+        (newest / "state.json").unlink()
+    again = dataclasses.replace(config, resume=True)
+    resumed = make_model(again, splits)
+    training.fit(again, resumed, splits)
+    printed = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in printed
+    assert "3 of 4 epochs are done" in printed
+    for want, have in zip(expected.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(want, have)
+
+
+def test_training_ends_when_its_time_or_money_is_used_up(tmp_path, capsys):
+    splits = make_splits()
+    for limit in ({"max_hours": 1e-7}, {"max_cost": 1e-7, "price_per_hour": 1.0}):
+        config = make_config(tmp_path, name="-".join(limit), epochs=50, **limit)
+        cost = training.fit(config, make_model(config, splits), splits)
+        assert cost["epochs"] < 50
+        assert "is used up: stopping" in capsys.readouterr().out
+    assert cost["price"] == pytest.approx(cost["train_seconds"] / 3600)
+
+
+def test_what_a_run_cost(tmp_path):
+    config, splits = make_config(tmp_path, watts=100.0), make_splits()
+    cost = training.fit(config, make_model(config, splits), splits)
+    assert cost["examples"] == 4 * 64
+    assert cost["device_seconds"] == cost["train_seconds"]
+    # Two dense layers, 4 to 8 to 2: products and sums, biases; what else counts is small.
+    assert 2 * (4 * 8 + 8 * 2) <= cost["flops_per_example"] <= 2 * (4 * 8 + 8 * 2) + 60
+    assert cost["flops_per_second"] == pytest.approx(3 * cost["flops_per_example"] * 256 / cost["train_seconds"])
+    assert 0 < cost["share_of_peak"] < 1
+    assert cost["kilowatt_hours"] == pytest.approx(0.1 * cost["train_seconds"] / 3600)
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    config, splits = make_config(tmp_path, clip=1e-3, epochs=1), make_splits()
+    moved = {}
+    for clip in (0.0, 1e-3):
+        keras.utils.set_random_seed(1)
+        model = make_model(config, splits)
+        model.compile(keras.optimizers.SGD(1.0), keras.losses.CategoricalCrossentropy(from_logits=True))
+        before = model.get_weights()
+        one = dataclasses.replace(splits, steps=1)
+        training.fit(make_config(tmp_path, name=f"clip-{clip}", epochs=1, clip=clip), model, one)
+        moves = [after - first for first, after in zip(before, model.get_weights(), strict=True)]
+        moved[clip] = np.sqrt(sum((move**2).sum() for move in moves))
+    assert moved[0.0] > 0.05
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+# What is said when it goes wrong.
+
+
+def test_origin_of_a_loss_that_is_not_finite():
+    splits = make_splits()
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="first"), keras.layers.Lambda(
+        lambda x: x / 0.0, name="divided"), keras.layers.Dense(2, name="last")])  # fmt: skip
+    assert diagnosis.origin(model, splits.stream(0)) == ": the output of layer divided is not finite"
+    model.get_layer("first").bias.assign([0.0, np.nan, 0.0])
+    assert diagnosis.origin(model, splits.stream(0)) == ": the weights of layer first are not finite"
+    bad = splits.stream(0).map(lambda x, y: (x * np.inf, y))
+    assert diagnosis.origin(model, bad) == ": an input of that batch is not finite"
+    bad = splits.stream(0).map(lambda x, y: (x, y * np.nan))
+    assert diagnosis.origin(model, bad) == ": a target of it is not finite"
+
+
+def test_warnings_of_the_curves():
+    splits = dataclasses.replace(make_splits(), names=("a", "b", "c", "d"))
+    said = list(diagnosis.warnings({"loss": [1.5], "val_loss": [1.4], "accuracy": [0.2]}, splits))
+    assert said == ["after an epoch the loss, 1.500, is no better than guessing one of 4 classes (1.386): look at the "
+                    "labels, or change the learning rate"]  # fmt: skip
+    assert not list(diagnosis.warnings({"loss": [1.2], "val_loss": [1.4], "accuracy": [0.2]}, splits))
+    falling, rising = [1.0, 0.9, 0.8, 0.7], [1.0, 1.1, 1.2, 1.3]
+    (said,) = diagnosis.warnings({"loss": falling, "val_loss": rising}, splits)
+    assert said.startswith("validation loss has risen for three epochs")
+    assert not list(diagnosis.warnings({"loss": falling, "val_loss": [1.0, 1.1, 1.0, 1.3]}, splits))
+    assert not list(diagnosis.warnings({"loss": [1.1, *falling], "val_loss": [0.9, *rising]}, splits))  # said before
+
+
+def watched(tmp_path, model):
+    said = []
+    model.compile(keras.optimizers.SGD(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
+    watcher = diagnosis.Gradients(make_splits(), str(tmp_path / "logs"), lambda label, text: said.append(text))
+    watcher.set_model(model)
+    watcher.on_epoch_end(0)
+    return watcher, said
+
+
+def test_gradients_that_vanish_or_explode_and_dead_units(tmp_path):
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(8, "relu", name="hidden"), keras.layers.Dense(2)])
+    watcher, said = watched(tmp_path / "fine", model)
+    assert said == []
+    events = list((tmp_path / "fine" / "logs").glob("events.*"))
+    tags = {value.tag for event in tf.compat.v1.train.summary_iterator(str(events[0])) for value in event.summary.value}
+    assert any(tag.endswith("/hidden") or "hidden" in tag for tag in tags)
+    model.layers[-1].kernel.assign(model.layers[-1].kernel * 1e5)
+    watcher.on_epoch_end(1)
+    assert any("has grown a hundredfold" in text for text in said)
+    model.get_layer("hidden").bias.assign(tf.fill([8], -1e6))
+    watcher.on_epoch_end(2)
+    assert not any("zero" in text for text in said)  # it looks after epochs 1, 2, 4
+    watcher.on_epoch_end(3)
+    assert any("most units of hidden are zero" in text for text in said)
+    assert any("hidden has vanished" in text for text in said)
+
+
+def test_a_full_disk_is_told_before_training(cornucopia, tmp_path):
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    (tmp_path / "saved_models").write_text("in the way")
+    done = cornucopia("train", "vision.classify", expect=2)
+    assert "cannot write to saved_models" in done.stderr
+    assert "epoch" not in done.stdout
+
+
+def test_state_of_a_run_is_json_that_others_can_read(tmp_path):
+    config, splits = make_config(tmp_path), make_splits()
+    training.fit(config, make_model(config, splits), splits)
+    state = json.loads((config.folder / "checkpoint-4" / "state.json").read_text())
+    assert (state["epoch"], state["step_in_epoch"], state["steps_done"]) == (4, 0, 32)
