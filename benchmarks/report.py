@@ -57,20 +57,35 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def fill(text: str, mark: str, table: str) -> str:
-    """A page with a table between the comments of its mark."""
-    marked = re.compile(rf"(<!-- {mark}: make report -->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
+def scaling(found: dict) -> str:
+    """What two devices and two processes make of the cores of one machine, and what fit costs."""
+    named = {"one": "one process", "mirrored": "two logical devices of it", "multiworker": "two processes, gRPC"}
+    lines = [
+        "| | ms a step | as fast as one | all-reduce of the gradient alone, of a step |",
+        "| --- | --- | --- | --- |",
+    ]
+    for strategy, name in named.items():
+        one = found["scaling"][strategy]
+        lines.append(f"| {name} | {1000 * one['step']:.1f} | {one['of_one']:.2f} | {one['reduce_share']:.0%} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, begin: str, end: str, table: str) -> str:
+    """A page with a table between the comments that mark its place."""
+    marked = re.compile(rf"(<!-- {re.escape(begin)} -->\n).*?(<!-- end of {end} -->)", re.DOTALL)
     if not marked.search(text):
-        raise ValueError(f"the README has no place for {mark}: the two comments that mark it are gone")
+        raise ValueError(f"the page has no place for {begin}: the two comments that mark it are gone")
     return marked.sub(lambda found: found[1] + "\n" + table + "\n\n" + found[2], text)
 
 
 def main() -> None:
     reports = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(), "results", table(reports))
-    text = fill(text, "serving", serving(json.loads((ROOT / "benchmarks" / "serving.json").read_text())))
-    readme.write_text(text)
+    readme, deploy = ROOT / "README.md", ROOT / "deploy" / "README.md"
+    text = fill(readme.read_text(), "results: make report", "results", table(reports))
+    figures = json.loads((ROOT / "benchmarks" / "serving.json").read_text())
+    readme.write_text(fill(text, "serving: make report", "serving", serving(figures)))
+    figures = json.loads((ROOT / "benchmarks" / "training.json").read_text())
+    deploy.write_text(fill(deploy.read_text(), "scaling: make report", "scaling", scaling(figures)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import quality, report, suite
+from benchmarks import bound, quality, report, suite
 from shared import command
 from shared.metrics import LOWER_IS_BETTER
 
@@ -49,6 +49,14 @@ def test_table_and_readme_agree():
     assert made in readme, "run make report"
     figures = json.loads((report.ROOT / "benchmarks" / "serving.json").read_text())
     assert report.serving(figures) in readme, "run make report"
+    figures = json.loads((report.ROOT / "benchmarks" / "training.json").read_text())
+    assert report.scaling(figures) in (report.ROOT / "deploy" / "README.md").read_text(), "run make report"
+
+
+def test_bound_by_hand():
+    """A gigabyte around a ring of two hosts: once its bytes through each link, at 8 Gbit/s a second."""
+    assert bound.milliseconds(10**9, hosts=2, gigabits=8) == pytest.approx(1000)
+    assert bound.milliseconds(10**9, hosts=8, gigabits=8) == pytest.approx(1750)
 
 
 def test_table_of_the_suite():
