@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "training.json"
-EPOCHS, STEPS, BATCH, WIDTH = 4, 25, 64, 16
+EPOCHS, STEPS, BATCH, WIDTH = 3, 200, 64, 16
 
 
 def setting(folder: Path, name: str, strategy: str = "one"):

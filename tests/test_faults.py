@@ -214,6 +214,9 @@ def watched(tmp_path, model):
     watcher = diagnosis.Gradients(make_splits(), str(tmp_path / "logs"), lambda label, text: said.append(text))
     watcher.set_model(model)
     watcher.on_epoch_end(0)
+    assert not watcher._last  # a minute has not passed
+    watcher.PATIENCE = 0.0
+    watcher.on_epoch_end(0)
     return watcher, said
 
 

@@ -1,5 +1,6 @@
 """What goes wrong while a network learns, said early and in words that help."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import keras
@@ -57,19 +58,20 @@ def warnings(history: Mapping[str, list[float]], splits: Splits) -> Iterator[str
 
 
 class Gradients(keras.callbacks.Callback):
-    """Norms of gradients by layer, to TensorBoard, on a batch after epochs 1, 2, 4, 8 …; warns of what goes wrong.
+    """Norms of gradients by layer, to TensorBoard, on a batch at epochs that double; warns of what goes wrong.
 
-    That is a gradient under 1e-7, one a hundred times that of the time before, and a layer with ReLU most of whose
+    It begins after a minute, for the first look costs a second or two. What goes wrong is a gradient under 1e-7, one a hundred times that of the time before, and a layer with ReLU most of whose
     units are zero for every example of the batch.
     """
 
-    VANISHED, EXPLODED = 1e-7, 100.0
+    VANISHED, EXPLODED, PATIENCE = 1e-7, 100.0, 60.0
 
     def __init__(self, splits: Splits, log_folder: str, say: Callable[[str, str], None]):
         super().__init__()
         self._splits, self._say = splits, say
         self._writer = tf.summary.create_file_writer(log_folder)
         self._last: dict[str, float] = {}
+        self._begun, self._next = time.monotonic(), 1
 
     def set_model(self, model):
         super().set_model(model)
@@ -86,8 +88,10 @@ class Gradients(keras.callbacks.Callback):
         self._norms = norms
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) & epoch:  # no power of two: a look costs a step, and early epochs tell most
+        early = time.monotonic() - self._begun < self.PATIENCE
+        if early or epoch + 1 < self._next:  # early epochs tell most
             return
+        self._next = 2 * (epoch + 1)
         inputs, targets = next(iter(self._splits.stream(epoch * self._splits.steps)))[:2]
         parts: dict[str, list[float]] = {}
         for variable, norm in zip(self.model.trainable_variables, self._norms(inputs, targets), strict=True):
