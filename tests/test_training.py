@@ -186,6 +186,24 @@ def test_one_device_equals_two(tmp_path):
         np.testing.assert_allclose(curve, curves["mirrored"][metric], atol=1e-5, err_msg=metric)
 
 
+def test_resumed_on_two_devices(tmp_path, monkeypatch):
+    """Broken off on two devices and gone on with there equals a run on one that nothing broke off."""
+    splits = make_splits()
+    whole = make_config(tmp_path, name="whole", strategy="one")
+    expected = make_model(whole, splits)
+    training.fit(whole, expected, splits)
+    broken = make_config(tmp_path, name="broken", strategy="mirrored")
+    with monkeypatch.context() as patch:
+        killed = stop_after(patch, 2)
+        with pytest.raises(killed):
+            training.fit(broken, make_model(broken, splits), splits)
+    again = dataclasses.replace(broken, resume=True)
+    resumed = make_model(again, splits)
+    training.fit(again, resumed, splits)
+    for want, have in zip(expected.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_allclose(want, have, atol=1e-5)
+
+
 def test_input_clock_measures_what_training_waits():
     def produce(number):
         tf.py_function(lambda: time.sleep(0.05), [], [])

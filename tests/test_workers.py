@@ -89,6 +89,30 @@ def test_a_cluster_of_one_is_refused(monkeypatch):
         workers.join()
 
 
+def test_export_of_mirrored_variables(tmp_path):
+    """A model whose variables lie on two devices is served as it answers in memory."""
+    import keras
+    import tensorflow as tf
+
+    from shared import export, training
+    from shared.serving import checking
+
+    class Endpoint(tf.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 4], tf.float32, name="x")])
+        def __call__(self, x):
+            return {"y": self.model(x, training=False)}
+
+    with training.strategy("mirrored").scope():
+        endpoint = Endpoint(keras.Sequential([keras.Input([4]), keras.layers.Dense(3)]))
+    export.save(endpoint, tmp_path / "1", {"serving_default": endpoint.__call__})
+    found = checking.check(tmp_path / "1", endpoint, "m", {"x": np.ones((2, 4), np.float32)})
+    assert found["answers"] == 2
+
+
 # As a user starts it.
 
 SMALL = ("vision.classify", "--size=8", "--width=8", "--batch=64", "--deterministic")

@@ -60,8 +60,8 @@ def warnings(history: Mapping[str, list[float]], splits: Splits) -> Iterator[str
 class Gradients(keras.callbacks.Callback):
     """Norms of gradients by layer, to TensorBoard, on a batch at epochs that double; warns of what goes wrong.
 
-    It begins after a minute, for the first look costs a second or two. What goes wrong is a gradient under 1e-7, one a hundred times that of the time before, and a layer with ReLU most of whose
-    units are zero for every example of the batch.
+    That is a gradient under 1e-7, one a hundred times that of the look before, and a layer with ReLU most of whose
+    units are zero for every example of the batch. It begins after a minute: the first look costs a second or two.
     """
 
     VANISHED, EXPLODED, PATIENCE = 1e-7, 100.0, 60.0

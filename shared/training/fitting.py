@@ -71,7 +71,7 @@ def fit(
     if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
         watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
     with keeper.listening():
-        while keeper.epoch < config.epochs and not keeper.stopped:
+        while keeper.epoch < config.epochs and not keeper.stopped and not keeper.over:
             batches = splits.stream(keeper.steps_done + keeper.step_in_epoch)
             model.fit(
                 workers.shared_out(devices, clock.watch(batches) if watched else batches, batch=config.batch),
@@ -123,6 +123,7 @@ class _Keeper(keras.callbacks.Callback):
         self.seconds_here = 0.0  # of this sitting
         self.steps_done = 0  # of finished epochs
         self.stopped = False
+        self.over = False  # the time or money of this sitting is used up
         self._since = None
         self._begun = False
         self._measured: list = []  # what the metrics of the broken-off epoch had counted
@@ -208,7 +209,7 @@ class _Keeper(keras.callbacks.Callback):
             self._save_within(done)
         if self._spent() > _most_seconds(self.config):
             say("", "the time or the money that was given is used up: stopping")
-            self.stopped = self.model.stop_training = True
+            self.over = self.model.stop_training = True  # for this sitting: with more of it --resume goes on
 
     def _due(self, done: int) -> bool:
         every = self.config.checkpoint_every
@@ -236,7 +237,7 @@ class _Keeper(keras.callbacks.Callback):
         if better:
             self.best, self.best_epoch = score, epoch
         patient = epoch - self.best_epoch < self.config.patience
-        self.stopped = self.stopped or not patient
+        self.stopped = not patient
         self._save(f"checkpoint-{self.epoch}", better=better)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key != "learning_rate")
         rate = steps * self.config.batch / self._took
@@ -245,7 +246,7 @@ class _Keeper(keras.callbacks.Callback):
             say("warning", warning)
         if not patient:
             say("", f"no better epoch since {self.best_epoch + 1}: stopping early")
-        self.model.stop_training = self.stopped
+        self.model.stop_training = self.stopped or self.over
 
     def _stop_clock(self):
         if self._since is not None:
