@@ -93,7 +93,8 @@ def list_models(folder: Path) -> None:
 
 def versions(base: Path) -> dict[int, Path]:
     """Number -> folder of the versions below a model's folder, rising; as for TensorFlow Serving, 00003 is 3."""
-    found = {int(child.name): child for child in sorted(base.glob("*")) if child.name.isdecimal() and child.is_dir()}
+    numbered = [child for child in sorted(base.glob("*")) if child.name.isdecimal() and child.is_dir()]
+    found = {int(child.name): child for child in numbered if int(child.name) < 2**63}  # TensorFlow Serving reads int64
     return dict(sorted(found.items()))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+SUMMED = ("train_seconds", "device_seconds", "examples", "kilowatt_hours", "price")  # over the folds
 CONTRACT = ("Config", "load", "build", "train", "measure", "Endpoint", "SMOKE", "EXPECT", "baseline")
 
 
@@ -172,11 +173,11 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
                 for metric in getattr(first, part)}  # fmt: skip
 
     runs = list(found.values()) if first in found.values() else [first, *found.values()]
-    seconds = sum(one.cost["train_seconds"] for one in runs)
+    summed = {key: sum(one.cost[key] for one in runs) for key in first.cost if key in SUMMED}
     learned = dataclasses.replace(
         first,
         about={**first.about, "protocol": folds.protocol},
-        cost={**first.cost, "train_seconds": seconds},
+        cost={**first.cost, **summed},
         test=over("test"),
         first=first.test,
         baseline=over("baseline"),

@@ -253,3 +253,38 @@ def test_state_of_a_run_is_json_that_others_can_read(tmp_path):
     training.fit(config, make_model(config, splits), splits)
     state = json.loads((config.folder / "checkpoint-4" / "state.json").read_text())
     assert (state["epoch"], state["step_in_epoch"], state["steps_done"]) == (4, 0, 32)
+
+
+@pytest.mark.parametrize("step", [8, 32])  # the last of an epoch, the last of all
+def test_sigterm_at_the_end_of_an_epoch(tmp_path, monkeypatch, step):
+    splits = make_splits()
+    config = make_config(tmp_path)
+
+    class Keeper(fitting._Keeper):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.steps_done + self._before + batch + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().on_train_batch_end(batch, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "_Keeper", Keeper)
+        with pytest.raises(SystemExit) as end:
+            training.fit(config, make_model(config, splits), splits)
+    assert end.value.code == 0
+    again = dataclasses.replace(config, resume=True)
+    assert training.fit(again, make_model(again, splits), splits)["epochs"] == 4
+
+
+def test_nothing_is_taken_from_a_damaged_checkpoint(tmp_path):
+    """The best weights of a run are not copied from one that could not be read."""
+    splits = make_splits()
+    config = make_config(tmp_path, checkpoint_every=3, epochs=3)
+    training.fit(config, make_model(config, splits), splits)
+    newest = config.folder / "checkpoint-3"
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "best.weights.h5").write_bytes(b"")
+    (newest / "state.json").write_text(json.dumps({**state, "best_epoch": 0}))
+    more = dataclasses.replace(config, resume=True, epochs=4)
+    assert training.fit(more, make_model(more, splits), splits)["epochs"] == 4
+    assert list(config.folder.glob("damaged-checkpoint-3-*"))
+    assert (config.folder / "checkpoint-4" / "best.weights.h5").stat().st_size

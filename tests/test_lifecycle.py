@@ -347,3 +347,54 @@ def test_exit_code_of_a_failed_start(tmp_path):
         said = process.stderr.read()
     assert process.returncode == 255
     assert "no model is below" in said
+
+
+def test_a_version_that_comes_back_while_it_is_still_in_use(base, versions):
+    with (
+        Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
+        Client(server.address) as client,
+    ):
+        held = server.core.models.find(protocol.ModelSpec(name="affine"))
+        base.joinpath("1").rename(base / "away")
+        until(lambda: states(client) == {1: "UNLOADING"})
+        (base / "away").rename(base / "1")
+        until(lambda: states(client) == {1: "AVAILABLE"})
+        assert answer(client) == 1
+        assert server.core.models.find(protocol.ModelSpec(name="affine")) is not held
+
+
+def test_numbers_beyond_int64_are_no_versions(base, versions):
+    shutil.copytree(versions / "2", base / "20261201123456123456")
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address) as client:
+        assert states(client) == {1: "AVAILABLE"}
+
+
+def test_a_refused_configuration_changes_nothing(base, versions, tmp_path):
+    with (
+        Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
+        Client(server.address) as client,
+    ):
+        new = protocol.ModelServerConfig()
+        new.model_config_list.config.add(name="affine", base_path="/elsewhere", model_platform="tensorflow")
+        new.model_config_list.config.add(name="second", base_path="/x", model_platform="other")
+        with pytest.raises(ValueError, match="requests unsupported platform other"):
+            server.reconfigure(new)
+        publish(versions, base, 2)
+        until(lambda: answer(client) == 2)  # it still looks where it looked
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_a_refused_request_does_not_keep_its_version(base, versions, batching):
+    flags = Flags(models=str(base.parent), rest_api_port=-1, enable_batching=batching, **FAST)
+    with Server(flags) as server, Client(server.address, retries=0) as client:
+        gc.disable()
+        try:
+            for address in (server.address, f"http://{server.rest_address}"):
+                with Client(address, retries=0) as other, pytest.raises(ServerError):
+                    other.predict("affine", {"x": np.ones((1, 2, 3), np.float32)[..., 0:0]}, signature="none")
+                with Client(address, retries=0) as other, pytest.raises(ServerError):
+                    other.predict("affine", {"z": X})
+            publish(versions, base, 2)
+            until(lambda: states(client) == {2: "AVAILABLE", 1: "END"}, seconds=5)
+        finally:
+            gc.enable()

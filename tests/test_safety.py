@@ -214,3 +214,37 @@ def test_a_token_is_compared_whole(tmp_path):
     for wrong in ("", "secret", "Bearer", "Bearer secre", "Bearer secret ", "bearer secret", "Bearer sécret"):
         with pytest.raises(RefusedError):
             gate.enter(wrong)
+
+
+def test_calls_that_send_nothing_stop_nobody(running):
+    """More half-open calls than threads: the others are answered, if later."""
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    stop = threading.Event()
+
+    def nothing():
+        stop.wait(20)
+        yield from ()
+
+    with grpc.insecure_channel(running.address) as channel:
+        half = channel.stream_unary("/tensorflow.serving.PredictionService/Predict")
+        open_calls = [half.future(nothing()) for _ in range(6)]
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        open_calls += [stub.ServerReflectionInfo(nothing()) for _ in range(6)]
+        assert reflection_pb2.ServerReflectionRequest()
+        time.sleep(0.2)
+        with Client(running.address, retries=0, timeout=15) as client:
+            assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+        stop.set()
+        for call in open_calls:
+            call.cancel()
+
+
+def test_a_shape_beyond_all_measure(running, calls):
+    message = request("affine", X)
+    for size in (2**40, 2**40):
+        message.inputs["x"].tensor_shape.dim.add(size=size)
+    with pytest.raises(grpc.RpcError) as error:
+        calls["Predict"](message.SerializeToString(), timeout=10)
+    assert (error.value.code().name, error.value.details()) == ("INVALID_ARGUMENT", "tensor parsing error: x")
+    assert posted(running, b"", f"/v1/models/affine/versions/{'9' * 5000}:predict")[0] == 400

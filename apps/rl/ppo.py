@@ -33,7 +33,7 @@ class Config(run.Config):
     rate: float = 1e-3  # learning rate at the beginning; it falls to zero in a straight line
     discount: float = 0.999  # of the reward one step on
     trace: float = 0.98  # lambda of the generalised advantage estimate: how far it trusts rewards, not the value
-    clip: float = 0.2  # how far an update may move the probability of an action, as a share
+    clip_range: float = 0.2  # how far an update may move the probability of an action, as a share
     entropy: float = 0.01  # worth of a nat of the policy's entropy
     seeds: int = 1  # how many trainings, each by its own seed; their interquartile mean is the result
 
@@ -323,7 +323,7 @@ class Learner(keras.Model):
             ratio = tf.exp(now - rows["before"])
             gain = rows["advantage"] - mean(rows["advantage"])
             gain /= tf.sqrt(mean(tf.square(gain))) + 1e-8
-            clipped = tf.clip_by_value(ratio, 1 - config.clip, 1 + config.clip)
+            clipped = tf.clip_by_value(ratio, 1 - config.clip_range, 1 + config.clip_range)
             of_policy = -mean(tf.minimum(ratio * gain, clipped * gain))  # Schulman et al. 2017, equation 7
             value = outputs["value"] / tf.stop_gradient(self.network.get_layer("unit").kernel[0, 0])
             of_value = 0.5 * mean(tf.square(value - rows["aim"]))

@@ -191,19 +191,21 @@ class Batching:
             joined = self._joined(tasks, rows)
             outputs = _cut(servable.run(feeds, fetches, joined), tasks, len(joined[0]))
         except RefusedError as error:
-            if len(tasks) == 1:
-                tasks[0].error = error
-            else:  # one of them may be bad: it shall fail alone
-                for task in tasks:
-                    self._run(servable, [task], task.rows, feeds, fetches)
-            return
+            alone = len(tasks) == 1
+            if alone:
+                tasks[0].error = _bare(error)
         except Exception as error:  # who waits must be told
+            alone = True
             for task in tasks:
-                task.error = error
+                task.error = _bare(error)
+        else:
+            run = time.perf_counter() - begun
+            for task, answer in zip(tasks, outputs, strict=True):
+                task.answer, task.run, task.together = answer, run, rows
             return
-        run = time.perf_counter() - begun
-        for task, answer in zip(tasks, outputs, strict=True):
-            task.answer, task.run, task.together = answer, run, rows
+        if not alone:  # one of them may be bad: it shall fail alone
+            for task in tasks:
+                self._run(servable, [task], task.rows, feeds, fetches)
 
     def _joined(self, tasks: list[_Task], rows: int) -> list[np.ndarray]:
         size = next((size for size in self._rules.sizes if size >= rows), rows)
@@ -224,6 +226,12 @@ class Batching:
                  for at in range(0, rows, size)]  # fmt: skip
         outputs = [np.concatenate(pieces) for pieces in zip(*[part[0] for part in parts], strict=True)]
         return outputs, sum(part[1] for part in parts), max(part[2] for part in parts)
+
+
+def _bare(error: Exception) -> Exception:
+    """An error without the frames that it came through: they hold the version, which then could not be unloaded."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> int:

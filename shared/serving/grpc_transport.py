@@ -33,14 +33,20 @@ class Pool:
 
     Python runs one thread at a time, and the more of them want to, the longer each waits for its turn: for small models
     two threads answer nearly twice as many calls as eight. So as many run as there are processors, and one that is
-    about to wait for long, for a large model or a batch, lends its place to another until it is back (`waiting`).
+    about to wait for long, for a large model or a batch, lends its place to another until it is back (`waiting`). Where
+    calls wait and none ends, as when clients open calls and send nothing, more threads are added, up to `STUCK`.
     """
+
+    STUCK, LOOK = 256, 0.25
 
     def __init__(self, running: int, most: int):
         self._most, self._count = most, 0
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._lock, self._surplus = threading.Lock(), 0
         self._parked: list[threading.Lock] = []  # of each thread that sleeps, the lock that it sleeps on
+        self._ended = 0  # calls
+        self._closed = threading.Event()
+        threading.Thread(target=self._relieve, name="relieve", daemon=True).start()
         for _ in range(min(running, most)):
             self._add()
 
@@ -68,6 +74,21 @@ class Pool:
                 with self._lock:
                     self._surplus += 1
 
+    def close(self) -> None:
+        """Look after stuck calls no more."""
+        self._closed.set()
+
+    def _relieve(self) -> None:
+        before = 0
+        while not self._closed.wait(self.LOOK):
+            if self._ended == before and not self._tasks.empty():
+                with self._lock:
+                    if self._parked:
+                        self._parked.pop().release()
+                    elif self._count < self.STUCK:
+                        self._add()
+            before = self._ended
+
     def _add(self) -> None:
         self._count += 1
         threading.Thread(target=self._work, name="answer", daemon=True).start()
@@ -81,6 +102,7 @@ class Pool:
                 call(*arguments, **named)
             except Exception:  # a call that fails must not take the thread with it
                 log.exception("a call failed")
+            self._ended += 1
             del call, arguments, named  # what a request held goes with it, not with the next
             if self._surplus:
                 with self._lock:
@@ -146,6 +168,7 @@ class Grpc:
     def stop(self, grace: float) -> threading.Event:
         """Take no new calls and let those in flight end within some seconds; the event says when it is done."""
         self.health.enter_graceful_shutdown()
+        self._pool.close()
         return self._server.stop(grace)
 
     # Calls: bytes -> bytes.
@@ -180,6 +203,12 @@ class Grpc:
             except MemoryError:
                 status = "RESOURCE_EXHAUSTED"
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is not enough memory for this request")
+            except Exception as error:
+                if status != "OK":  # what `abort` raises
+                    raise
+                status = "INTERNAL"
+                log.exception("%s of %s failed", api, stages.model or "no model")
+                context.abort(grpc.StatusCode.INTERNAL, _cut(f"{type(error).__name__}: {error}"))
             finally:
                 if inside:
                     core.gate.leave()
@@ -259,7 +288,8 @@ class Grpc:
             raise invalid("ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is "
                           "currently supported")  # fmt: skip
         before = {name: self._core.metrics.value(name) for name in request.metric_names}
-        self._core.models.configure(request.config, timeout=None if until is None else until - time.monotonic())
+        with stages.waiting():
+            self._core.models.configure(request.config, timeout=None if until is None else until - time.monotonic())
         reply = protocol.ReloadConfigResponse()
         reply.status.SetInParent()
         for name, value in before.items():

@@ -157,8 +157,8 @@ class Models:
 
     # Configuration.
 
-    def configure(self, config: ModelServerConfig, *, timeout: float | None = None) -> None:
-        """Take a new configuration in place of the old, and wait until what is new in it answers.
+    def configure(self, config: ModelServerConfig, *, timeout: float | None = None, awaited: bool = True) -> None:
+        """Take a new configuration in place of the old, and, where that is wanted, wait until what is new answers.
 
         Raises:
             RefusedError: the configuration is wrong, or a new model cannot be loaded.
@@ -168,7 +168,8 @@ class Models:
             self._configure(config, first=False)
             new = set(self._models) - before
         self.refresh()
-        self.wait(new, timeout=timeout)
+        if awaited:
+            self.wait(new, timeout=timeout)
         with self._lock:
             for model in self._models.values():
                 self._label(model)
@@ -190,7 +191,7 @@ class Models:
                 raise invalid(f"Servable {one.name} requests unsupported platform {one.model_platform}")
         kept = {}
         for one in config.model_config_list.config:
-            model = self._models.get(one.name) or self._gone.pop(one.name, None) or Model(one)
+            model = self._models.get(one.name) or self._gone.get(one.name) or Model(one)
             for label, number in one.version_labels.items():
                 loaded = number in model.served
                 if not loaded and (label in model.labels or not self._labels_before_versions):
@@ -201,10 +202,12 @@ class Models:
                             f"Request to assign label to version {number} of model {one.name}, which is not currently "
                             f"available for inference",
                         )
-            model.config = one
             kept[one.name] = model
         if first:
             self._refuse_early_labels(kept)
+        for one in config.model_config_list.config:  # nothing is wrong with any: now all are taken
+            kept[one.name].config = one
+            self._gone.pop(one.name, None)
         for name, model in self._models.items():
             if name not in kept:
                 model.aspired = set()
@@ -245,7 +248,7 @@ class Models:
                 folders, wanted = found[name], _aspired(model.config, found[name])
                 for number in wanted:
                     known = model.versions.get(number)
-                    left = known is not None and known.state == END and number not in model.aspired
+                    left = known is not None and known.state in (UNLOADING, END) and number not in model.aspired
                     if known is None or left:
                         model.versions[number] = Version(number, folders[number])
                 model.aspired, model.polled = wanted, True
@@ -316,12 +319,11 @@ class Models:
 
     def _watch(self) -> None:
         """Look at the disk from time to time; 0 seconds: once; fewer: never."""
-        if self._poll < 0:
-            return
-        self.refresh()
+        if self._poll >= 0:
+            self.refresh()
         polled = time.monotonic()
-        while not self._stopping.wait(min(self._poll or 0.2, 0.2)):
-            if self._poll and time.monotonic() - polled >= self._poll:
+        while not self._stopping.wait(min(self._poll, 0.2) if self._poll > 0 else 0.2):
+            if self._poll > 0 and time.monotonic() - polled >= self._poll:
                 self.refresh()
                 polled = time.monotonic()
             else:
@@ -360,7 +362,7 @@ def _on_disk(config: ModelConfig) -> dict[int, Path]:
     base = Path(config.base_path)
     found: dict[int, Path] = {}
     for child in sorted(base.iterdir()):
-        if child.name.isdecimal() and child.name.isascii() and child.is_dir():
+        if child.name.isdecimal() and child.name.isascii() and int(child.name) < 2**63 and child.is_dir():
             if int(child.name) in found:
                 log.warning("%s and %s are one version; the second counts", found[int(child.name)], child)
             found[int(child.name)] = child

@@ -112,11 +112,14 @@ class Rest:
                 self._core.gate.enter(request.headers.get("Authorization", ""))
                 inside = True
             sent = await self._body(request)
-            work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages)
+            until = time.monotonic() + self._seconds
+            work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages, until)
             code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds)
         except RefusedError as error:
             status, code = error.code.name, rest_json.HTTP_STATUS.get(error.code, 500)
             body = rest_json.write_error(str(error))
+            # Frames of the traceback hold the error, and the version with it: the collector may not come for long.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         except TimeoutError:
             status, code = "DEADLINE_EXCEEDED", 504
             body = rest_json.write_error(f"the answer took longer than {self._seconds:g} seconds")
@@ -150,7 +153,7 @@ class Rest:
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise invalid(f"the body cannot be read: {error}") from error
 
-    def _answer(self, request: web.BaseRequest, body: bytes, stages: Stages) -> tuple[int, str, bytes]:
+    def _answer(self, request: web.BaseRequest, body: bytes, stages: Stages, until: float) -> tuple[int, str, bytes]:
         """HTTP status, type and body of the answer."""
         method, path = request.method, request.raw_path
         if not path.lower().startswith("/v1/"):
@@ -165,13 +168,13 @@ class Rest:
         name, version, label, verb = found.groups()
         spec = protocol.ModelSpec(name=_decoded(name or ""))
         if version is not None:
-            if int(version) >= 2**63:
+            if len(version.lstrip("0")) > 19 or int(version) >= 2**63:
                 return 400, "application/json", b""
             spec.version.value = int(version)
         if label is not None:
             spec.version_label = _decoded(label)
         if method == "POST":
-            return 200, "application/json", self._inference(verb, spec, body, stages)
+            return 200, "application/json", self._inference(verb, spec, body, stages, until)
         if not spec.name:
             raise invalid("Missing model name in request.")
         if verb:
@@ -179,8 +182,8 @@ class Rest:
             return 200, "application/json", rest_json.write_metadata(self._core.inference.metadata(asked))
         return 200, "application/json", rest_json.write_status(self._core.models.status(spec))
 
-    def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages) -> bytes:
-        core, until = self._core, time.monotonic() + self._seconds
+    def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages, until: float) -> bytes:
+        core = self._core
         begun = time.perf_counter()
         servable = core.models.find(spec)
         stages.api, stages.model = verb, servable.name

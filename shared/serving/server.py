@@ -227,7 +227,8 @@ class Server:
     def reconfigure(self, config: protocol.ModelServerConfig) -> None:
         """Serve what a new configuration says; ValueError where it is wrong, and then nothing changes."""
         try:
-            self._models.configure(config)
+            # Not awaited: a model that does not come would hold up the next correction, and the end.
+            self._models.configure(config, awaited=False)
         except RefusedError as error:
             raise ValueError(str(error)) from error
 

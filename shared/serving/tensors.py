@@ -109,6 +109,8 @@ def from_proto(proto: TensorProto) -> np.ndarray:
     if sizes.unknown_rank or (shape and min(shape) < 0):
         raise ValueError("a tensor whose shape is not known")
     count = math.prod(shape)
+    if count >= 2**63:
+        raise ValueError(f"a tensor of {count} elements")
     if content:
         if number == STRING:
             raise ValueError("strings as tensor_content")

@@ -153,9 +153,13 @@ class _Keeper(keras.callbacks.Callback):
         for folder in sorted(self.config.folder.glob("checkpoint-*"), key=_place, reverse=True):
             try:
                 state = json.loads((folder / "state.json").read_text())
+                if state["best_epoch"] != state["epoch"] - 1 and state["history"]:
+                    self.model.load_weights(folder / "best.weights.h5")  # it will be asked for in the end
                 self.model.load_weights(folder / "last.weights.h5")
             except (OSError, ValueError, KeyError) as error:
                 say("resume", f"{folder} is damaged ({error}); trying the one before")
+                if workers.chief():  # put aside: nothing shall be taken from it
+                    folder.rename(folder.with_name(f"damaged-{folder.name}-{os.getpid()}"))
                 continue
             for variable, value in zip(self._seeds(), state.pop("seeds"), strict=True):
                 variable.assign(value)
@@ -201,15 +205,26 @@ class _Keeper(keras.callbacks.Callback):
                 f"--precision=float32; what was saved is in {self.config.folder}"
             )
         done = self._before + batch + 1
-        if self._terminated:
-            self._save_within(done)
-            say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
-            raise SystemExit(0)
-        if done < self.splits.steps and self._due(done):
-            self._save_within(done)
-        if self._spent() > _most_seconds(self.config):
+        if done < self.splits.steps:  # the end of an epoch saves by itself
+            if self._terminated:
+                self._save_within(done)
+                self._leave()
+            if self._due(done):
+                self._save_within(done)
+        if self._too_long(done):
             say("", "the time or the money that was given is used up: stopping")
             self.over = self.model.stop_training = True  # for this sitting: with more of it --resume goes on
+
+    def _leave(self) -> None:
+        say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
+        raise SystemExit(0)
+
+    def _too_long(self, done: int) -> bool:
+        limit, devices = _most_seconds(self.config), strategy(self.config.strategy)
+        if limit == math.inf or not workers.many(devices):
+            return self._spent() > limit
+        # All must stop at one step, and their clocks differ.
+        return done % 100 == 0 and workers.any_of(devices, self._spent() > limit)
 
     def _due(self, done: int) -> bool:
         every = self.config.checkpoint_every
@@ -247,6 +262,8 @@ class _Keeper(keras.callbacks.Callback):
         if not patient:
             say("", f"no better epoch since {self.best_epoch + 1}: stopping early")
         self.model.stop_training = self.stopped or self.over
+        if self._terminated:
+            self._leave()
 
     def _stop_clock(self):
         if self._since is not None:
@@ -283,8 +300,6 @@ class _Keeper(keras.callbacks.Callback):
             state["seeds"] = [keras.ops.convert_to_numpy(variable).tolist() for variable in self._seeds()]
             state["measured"] = list(measured)
             (draft / "state.json").write_text(json.dumps(state))
-            if folder.exists():  # a damaged one of that name
-                shutil.rmtree(folder)
             draft.rename(folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)

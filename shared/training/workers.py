@@ -154,8 +154,14 @@ def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, ba
     return strategy.distribute_datasets_from_function(mine)
 
 
+def any_of(strategy: tf.distribute.Strategy, flag: bool) -> bool:
+    """Whether any worker says so; all must ask at the same step."""
+    given = tf.constant(float(flag))
+    one = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", given))
+    return bool(strategy.experimental_local_results(one)[0].numpy() > 0)
+
+
 def meet(strategy: tf.distribute.Strategy) -> None:
     """Wait until every worker is here: one that leaves before the others have ended would break them off."""
     if many(strategy):
-        one = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(1.0)))
-        strategy.experimental_local_results(one)[0].numpy()
+        any_of(strategy, True)
