@@ -31,7 +31,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[vision,speech,nlp,recommendation,rl,generative,dev]'
+		--editable '.[vision,speech,nlp,recommendation,rl,generative,tune,dev]'
 	@touch $@
 
 suite: $(READY)

@@ -115,11 +115,11 @@ def able(port: int) -> list[str]:
 
 
 def main(seconds: float = 2.0, rounds: int = 3) -> None:
-    from shared.launch import _free_ports
+    from shared.launch import free_ports
 
     small = json.dumps({"instances": [[1.0, 2.0, 3.0]]}).encode()
     bodies = {"small": small, "1 MB": b"x" * 1_000_000}
-    ports = dict(zip(SERVERS, _free_ports(len(SERVERS)), strict=True))
+    ports = dict(zip(SERVERS, free_ports(len(SERVERS)), strict=True))
     processes = [subprocess.Popen([sys.executable, "-c", code.replace("PORT", str(ports[name]))])
                  for name, code in SERVERS.items()]  # fmt: skip
     try:

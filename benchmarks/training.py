@@ -127,13 +127,13 @@ def worker(folder: str, strategy: str) -> None:
 
 def scaling(rounds: int = 3) -> dict:
     """Seconds a step of the same batch: one process, two logical devices, two processes; on the same cores."""
-    from shared.launch import _free_ports
+    from shared.launch import free_ports
 
     found = {"one": [], "mirrored": [], "multiworker": []}
     for _ in range(rounds):
         for strategy, results in found.items():
             with tempfile.TemporaryDirectory() as folder:
-                addresses = [f"127.0.0.1:{port}" for port in _free_ports(2)]
+                addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
                 processes = []
                 for index in range(2 if strategy == "multiworker" else 1):
                     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}

@@ -15,7 +15,7 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -27,6 +27,7 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   list                    the tasks, one line each
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
   launch TASK [flags]     train in several processes of this machine: --workers=2
+  tune TASK [flags]       search the fields that the task marks with a range: --trials=20 --method=bayesian --workers=2
   evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
   ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
   load TASK [flags]       load a running server: throughput, latency, and where the time of a request goes
@@ -75,6 +76,19 @@ class Launch:
     workers: int = 2  # processes
     name: str = ""  # of the run; empty: the task's name and the time
     runs: str = "runs"  # folder for logs, checkpoints and pictures of runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Search for the best values, by validation, of the fields that a task marks with a range; the defaults are the
+    first trial. All other flags are the task's (cornucopia train TASK --help); a marked field that is given stays so.
+    """
+
+    trials: int = 20  # in all, those of a search that goes on (--resume --name=NAME) included
+    # bayesian: a Gaussian process of what was found; hyperband: many short trials, the best again with more epochs, up
+    # to --epochs; random: nothing learned from trials.
+    method: Literal["bayesian", "hyperband", "random"] = "bayesian"
+    workers: int = 1  # trials at a time, each in a process of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +144,8 @@ def main() -> None:
         print(USAGE)
         return
     command, rest = words[0], words[1:]
-    commands = {"list": _list, "train": _train, "launch": _launch, "evaluate": _evaluate, "ask": _ask, "load": _load,
-                "explain": _explain, "serve": _serve}  # fmt: skip
+    commands = {"list": _list, "train": _train, "launch": _launch, "tune": _tune, "evaluate": _evaluate, "ask": _ask,
+                "load": _load, "explain": _explain, "serve": _serve}  # fmt: skip
     if command not in commands:
         _refuse(f"unknown command {command}; one of {', '.join(commands)}")
     try:
@@ -218,6 +232,29 @@ def _launch(words: list[str]) -> None:
 
     name = flags.name or f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     raise SystemExit(launch.launch(task, rest, workers=flags.workers, runs=flags.runs, name=name))
+
+
+def _tune(words: list[str]) -> None:
+    task, words = _named(words, "tune")
+    flags, rest = tyro.cli(Tune, args=words, prog=f"cornucopia tune {task}", return_unknown_args=True)
+    if flags.trials < 1 or flags.workers < 1:
+        _refuse(f"--trials={flags.trials} --workers={flags.workers} tries nothing; give 1 or more of both")
+    kind = head(task)
+    config = tyro.cli(kind, args=rest, prog=f"cornucopia tune {task}")
+    if not run.marks(kind):
+        able = [name for name in tasks() if run.marks(head(name))]
+        _refuse(f"{task} marks no field with a range, so there is nothing to tune; {', '.join(able)} do")
+    given = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in rest}
+    fields = {name: mark for name, mark in run.marks(kind).items() if name not in given}
+    if not fields:
+        _refuse(f"every field that could be searched is given; leave out one of {', '.join(run.marks(kind))}")
+    if not importlib.util.find_spec("keras_tuner"):
+        raise ImportError("tune needs keras_tuner: pip install 'cornucopia-suite[tune]'")
+    module = _import(task)
+    from shared import tuning
+
+    config = module.Config(**dataclasses.asdict(config))
+    raise SystemExit(tuning.tune(task, module, config, fields=fields, words=words, **dataclasses.asdict(flags)))
 
 
 def _evaluate(words: list[str]) -> None:

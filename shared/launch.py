@@ -13,27 +13,34 @@ GRACE = 10.0  # seconds that a worker has to end before it is killed
 
 
 def launch(task: str, words: list[str], *, workers: int, runs: str, name: str) -> int:
-    """Start the workers and wait; each writes `RUNS/NAME/worker-N.log`, the first also here. Return the exit code.
+    """Start the workers of one run, and wait; see `together`."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
+    cluster = {"worker": addresses}
+    roles = [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
+             for index in range(workers)]  # fmt: skip
+    words = ["train", task, *words, "--strategy=multiworker", f"--name={name}", f"--runs={runs}"]
+    return together(words, roles, folder=Path(runs) / name, title=", ".join(addresses))
 
-    When one fails, the others, which would wait for it for ever, are stopped. Ctrl-C and SIGTERM stop them all.
+
+def together(words: list[str], roles: list[dict[str, str]], *, folder: Path, title: str) -> int:
+    """Run the command in a process for each role, its environment, and wait; return the exit code.
+
+    Each writes `FOLDER/worker-N.log`, the first also here. When one fails, the others, which would wait for it for
+    ever, are stopped. Ctrl-C and SIGTERM stop them all.
     """
-    folder = Path(runs) / name
     folder.mkdir(parents=True, exist_ok=True)
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(workers)]
-    program = [sys.executable, "-c", "from shared.command import main; main()", "train", task, *words,
-               "--strategy=multiworker", f"--name={name}", f"--runs={runs}"]  # fmt: skip
+    program = [sys.executable, "-c", "from shared.command import main; main()", *words]
     processes, logs = [], []
-    for index in range(workers):
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    for index, role in enumerate(roles):
         log = (folder / f"worker-{index}.log").open("w")
         logs.append(log)
-        environment = {**os.environ, "TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **role, "PYTHONUNBUFFERED": "1"}
         processes.append(subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, env=environment))
     stopping = []
     before = {
         number: signal.signal(number, lambda *_: stopping.append(1)) for number in (signal.SIGTERM, signal.SIGINT)
     }
-    print(f"workers    {', '.join(addresses)}; logs in {folder}/worker-*.log", flush=True)
+    print(f"workers    {title}; logs in {folder}/worker-*.log", flush=True)
     try:
         return _attend(processes, folder / "worker-0.log", stopping)
     finally:
@@ -78,7 +85,7 @@ def _stop(processes: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

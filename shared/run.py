@@ -20,6 +20,29 @@ CONTRACT = ("Config", "load", "build", "train", "measure", "Endpoint", "SMOKE", 
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """Marks a field of a Config for `cornucopia tune`: `rate: Annotated[float, run.Range(1e-4, 1e-2, log=True)]`."""
+
+    low: float
+    high: float  # can be drawn, as `low` can
+    log: bool = False  # draw its logarithm evenly, not itself
+    step: int | None = None  # between values of an int; None: 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Marks a field of a Config for `cornucopia tune`, to try these values."""
+
+    values: tuple
+
+
+def marks(config: type) -> dict[str, Range | Choices]:
+    """The fields of a Config that are marked for tuning."""
+    return {field.name: mark for field in dataclasses.fields(config)
+            for mark in getattr(field.type, "__metadata__", ()) if isinstance(mark, Range | Choices)}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """What can be changed in every task; a task's own Config adds its fields."""
 
@@ -124,10 +147,7 @@ class Learned:
 def _learn(task: ModuleType, config: Config) -> Learned:
     from shared import training
 
-    splits = task.load(config)
-    with training.strategy(config.strategy).scope():
-        model = task.build(config, splits)
-    cost = task.train(config, model, splits)
+    model, splits, cost = train(task, config)
     # Of many workers each measures, for its devices answer together; what needs no network is the chief's.
     test = task.measure(config, model, splits)
     learned = Learned(
@@ -135,6 +155,16 @@ def _learn(task: ModuleType, config: Config) -> Learned:
     )
     _compare(learned)
     return learned
+
+
+def train(task: ModuleType, config: Config) -> tuple[Any, Any, dict[str, float]]:
+    """A trained model, the data, and what it cost; the test part was not looked at."""
+    from shared import training
+
+    splits = task.load(config)
+    with training.strategy(config.strategy).scope():
+        model = task.build(config, splits)
+    return model, splits, task.train(config, model, splits)
 
 
 def _compare(learned: Learned) -> None:

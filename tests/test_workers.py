@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from shared.launch import _free_ports
+from shared.launch import free_ports
 from shared.training import workers
 
 PROGRAM = [sys.executable, str(ROOT / "tests" / "one_worker.py")]
@@ -21,7 +21,7 @@ PROGRAM = [sys.executable, str(ROOT / "tests" / "one_worker.py")]
 def together(folder, kind, *, count=2, strategy="multiworker"):
     """Run the program in so many processes; their results, or the first's output where one failed."""
     folder.mkdir()
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     processes = []
     for index in range(count):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import keras
 import numpy as np
@@ -40,10 +40,11 @@ class Config(run.Config):
     smoothing: float = 0.1  # share of the target that is spread over all classes
     rare: int = 0  # n-grams that fewer training texts have are left out; 0: 1 where there are under 4,000, else 2
     networks: int = 2  # convolutional networks, alike but for their first weights
-    width: int = 128  # numbers that stand for a word in a convolutional network
-    filters: int = 128  # of each length of convolution
-    forget: float = 0.3  # share of the words' numbers that training hides from the convolutions
-    dropout: float = 0.5  # share of what the convolutions found that training hides
+    width: Annotated[int, run.Range(32, 256, step=32)] = 128  # numbers that stand for a word in a convolutional network
+    filters: Annotated[int, run.Range(32, 256, step=32)] = 128  # of each length of convolution
+    # Share of the words' numbers that training hides from the convolutions.
+    forget: Annotated[float, run.Range(0.0, 0.6)] = 0.3
+    dropout: Annotated[float, run.Range(0.0, 0.7)] = 0.5  # share of what the convolutions found that training hides
 
 
 SMOKE = Config(epochs=1, networks=1, width=8, filters=8)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import keras
 import numpy as np
@@ -30,10 +31,10 @@ class Config(run.Config):
     sample_rate: int = 8_000  # that recordings are brought to, in Hz
     seconds: float = 1.0  # of a recording that the network hears: the loudest
     bins: int = 40  # mel bands
-    width: int = 32  # channels of the first stage
-    rate: float = 4e-3  # peak learning rate
-    decay: float = 0.02  # weight decay
-    dropout: float = 0.3  # share of features dropped before the last layer
+    width: Annotated[int, run.Range(16, 64, step=8)] = 32  # channels of the first stage
+    rate: Annotated[float, run.Range(4e-4, 2e-2, log=True)] = 4e-3  # peak learning rate
+    decay: Annotated[float, run.Range(2e-3, 0.2, log=True)] = 0.02  # weight decay
+    dropout: Annotated[float, run.Range(0.0, 0.6)] = 0.3  # share of features dropped before the last layer
     smoothing: float = 0.1  # share of the target that is spread over all classes
     shift: float = 0.1  # the most that training recordings move, in seconds
     speed: float = 0.2  # the most that training recordings are drawn out or sped up, as a share

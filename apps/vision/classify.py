@@ -7,7 +7,7 @@ Endpoint  image (PNG or JPEG bytes) -> label, score, the five best labels with t
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import keras
 import numpy as np
@@ -26,17 +26,18 @@ class Config(run.Config):
     epochs: int = 12  # passes over the training examples; over a small set several passes make an epoch
     size: int = 0  # side of the square that the network sees, in pixels; 0: the pictures' own, within 16 to 96
     colour: Literal["auto", "grey", "rgb"] = "auto"  # what the network sees; auto: as the pictures are
-    rate: float = 0.2  # peak learning rate; with a backbone a fiftieth of it
-    decay: float = 5e-4  # weight decay, through an L2 penalty on the kernels
+    rate: Annotated[float, run.Range(0.02, 1.0, log=True)] = 0.2  # peak learning rate; with a backbone a fiftieth of it
+    decay: Annotated[float, run.Range(5e-5, 5e-3, log=True)] = 5e-4  # weight decay, as an L2 penalty on the kernels
     smoothing: float = 0.1  # share of the target that is spread over all classes
-    width: int = 64  # channels of the first residual stage
+    width: Annotated[int, run.Range(16, 128, step=16)] = 64  # channels of the first residual stage
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
     flip: Literal["auto", "yes", "no"] = "auto"  # mirror training pictures; auto: yes, but not the digits
     mirror: bool = True  # where training flips: answer with the mean over a picture and its mirror image
     shift: float = 0.05  # the most that training pictures move, as a share of their side
     erase: float = 0.25  # share of training pictures with a random patch replaced by noise
     augment: Literal["none", "rand_augment"] = "none"  # further changes to training pictures
-    mix: Literal["none", "mixup", "cutmix"] = "none"  # blend pairs of training pictures and their targets
+    # Blend pairs of training pictures and their targets.
+    mix: Annotated[Literal["none", "mixup", "cutmix"], run.Choices(("none", "mixup", "cutmix"))] = "none"
     backbone: str = ""  # folder of a KerasHub preset (made by save_to_preset) to start from
     frozen: int = 0  # epochs that train only the head, before the backbone learns too
 

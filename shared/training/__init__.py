@@ -1,7 +1,7 @@
 """Learning: where it runs, `fit` with all that guards and watches it, and what it cost."""
 
 from shared.training.cost import describe, peak_bytes
-from shared.training.fitting import cosine, fit
+from shared.training.fitting import best_score, cosine, fit
 from shared.training.start import begin, strategy
 
-__all__ = ["begin", "cosine", "describe", "fit", "peak_bytes", "strategy"]
+__all__ = ["begin", "best_score", "cosine", "describe", "fit", "peak_bytes", "strategy"]

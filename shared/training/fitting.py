@@ -317,6 +317,12 @@ def _place(folder: Path) -> tuple[int, int]:
     return int(epoch), int(step or 0)
 
 
+def best_score(folder: Path) -> float:
+    """Of the run in a folder: its best epoch's validation accuracy or, where it has none, validation loss times -1."""
+    newest = max(folder.glob("checkpoint-*"), key=_place)
+    return json.loads((newest / "state.json").read_text())["best"][0]
+
+
 def _most_seconds(config: Config) -> float:
     """That training may take, by its time and by its price."""
     limits = [3600 * config.max_hours] if config.max_hours else []
