@@ -18,6 +18,7 @@ from test_training import history, make_config, make_model, make_splits
 
 from shared import training
 from shared.training import diagnosis, fitting
+from shared.training.cost import forward_flops
 
 LONG = (
     "vision.classify",
@@ -163,6 +164,13 @@ def test_what_a_run_cost(tmp_path):
     assert cost["flops_per_second"] == pytest.approx(3 * cost["flops_per_example"] * 256 / cost["train_seconds"])
     assert 0 < cost["share_of_peak"] < 1
     assert cost["kilowatt_hours"] == pytest.approx(0.1 * cost["train_seconds"] / 3600)
+
+
+def test_streams_that_are_not_inputs_and_targets_cost_nothing_known():
+    splits = dataclasses.replace(make_splits(), stream=lambda step: tf.data.Dataset.range(step, 100))
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1)])
+    assert forward_flops(model, splits) == 0
+    assert diagnosis.origin(model, splits.stream(0)) == ""
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):

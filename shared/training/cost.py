@@ -67,7 +67,10 @@ def account(
 
 def forward_flops(model: keras.Model, splits: Splits) -> float:
     """Floating-point operations of a forward pass, an example, as TensorFlow's profiler counts a graph; 0: unknown."""
-    inputs = splits.stream(0).element_spec[0]
+    batch = splits.stream(0).element_spec
+    if not isinstance(batch, tuple):  # not inputs and targets: the task learns in a way of its own
+        return 0.0
+    inputs = batch[0]
     one = tf.nest.map_structure(lambda spec: tf.TensorSpec([1, *spec.shape[1:]], spec.dtype), inputs)
     logger = tf.get_logger()
     level = logger.level

@@ -15,6 +15,8 @@ def origin(model: keras.Model, batches: tf.data.Dataset) -> str:
 
     `batches` begins with the batch that it happened on. Weights are as the last update left them.
     """
+    if not isinstance(batches.element_spec, tuple):
+        return ""
     inputs, targets = next(iter(batches))[:2]
     for kind, tensors in (("input", inputs), ("target", targets)):
         if not all(_finite(tensor) for tensor in tf.nest.flatten(tensors)):
