@@ -42,7 +42,8 @@ def get(address, path, **headers):
         with urllib.request.urlopen(request, timeout=10) as reply:
             return reply.status, reply.headers, reply.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
+        with error:
+            return error.code, error.headers, error.read().decode()
 
 
 def test_upstreams_spelling():
@@ -270,6 +271,7 @@ def test_rest_timeout(tmp_path):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=20)
         assert error.value.code == 504
+        error.value.close()
 
 
 def test_metrics_config(tree, tmp_path):

@@ -14,8 +14,7 @@ from conftest import ROOT
 
 from apps.recommendation import retrieve
 from shared.data import ratings
-from shared.serving import ask
-from shared.serving.server import Server
+from shared.serving import ask, checking
 
 SMALL = ("--batch=16", "--length=20", "--width=16", "--layers=1", "--epochs=2")
 
@@ -134,7 +133,7 @@ def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
     value = f"{report['test']['ndcg@10']['value']:.4f}"
     assert re.search(rf"ndcg@10 +{value}", again.stdout)
 
-    with Server({"recommendation.retrieve": version}) as server:
+    with checking.serving(tmp_path / "mine", "recommendation.retrieve", version) as server:
         ask.ask("recommendation.retrieve", {"user": "stranger", "history": ""}, address=server.address)
         printed = capsys.readouterr().out
         assert "basis      popularity" in printed

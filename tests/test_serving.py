@@ -218,7 +218,8 @@ def test_large_messages_pass(channel, addresses):
 
 
 def test_deadlines_are_kept(prediction):
-    assert refused(prediction.Predict, message(), timeout=1e-6)[0] == "DEADLINE_EXCEEDED"
+    large = message("affine", x=np.ones([100_000, 2], np.float32))
+    assert refused(prediction.Predict, large, timeout=1e-4)[0] == "DEADLINE_EXCEEDED"
 
 
 # Classify, Regress, MultiInference.

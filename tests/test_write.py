@@ -14,7 +14,7 @@ from apps.generative import write
 from shared import export
 from shared.data import corpus
 from shared.metrics import language
-from shared.serving import ask, client, server
+from shared.serving import ask, checking, client
 
 LINES = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer é…\n"
 SMALL = write.Config(batch=2, context=8, layers=2, heads=2, width=16, seed=3)
@@ -291,7 +291,11 @@ def test_both_signatures_are_served(tmp_path, capsys):
     config, splits, _, endpoint = made()
     config = dataclasses.replace(config, saved_models=str(tmp_path))
     folder = export.write(endpoint, config, "generative.write", splits.request)
-    with server.Server({"generative.write": folder}) as running, client.Client(running.address) as asking:
+    (tmp_path / "tree").mkdir()
+    with (
+        checking.serving(tmp_path / "tree", "generative.write", folder) as running,
+        client.Client(running.address) as asking,
+    ):
         answer = asking.predict("generative.write", splits.request)
         scored = asking.predict("generative.write", {"text": np.array([b"To be"], object)}, signature="score")
         assert set(asking.inputs("generative.write", signature="score")) == {"text"}

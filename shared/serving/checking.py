@@ -33,7 +33,7 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
     one = {key: value[:1] for key, value in request.items()}
     with (
         tempfile.TemporaryDirectory() as tree,
-        _serving(Path(tree), name, folder) as server,
+        serving(Path(tree), name, folder) as server,
         Client(server.address) as client,
     ):
         served = client.predict(name, request)
@@ -51,8 +51,8 @@ def check(folder: Path, endpoint: tf.Module, name: str, request: Mapping[str, np
     }
 
 
-def _serving(tree: Path, name: str, folder: Path) -> Server:
-    """A server of a candidate, as the first version of its model."""
+def serving(tree: Path, name: str, folder: Path) -> Server:
+    """A server of one version, whatever its folder is called, as the first of its model; `tree` is an empty folder."""
     (tree / name).mkdir()
     (tree / name / "1").symlink_to(folder.absolute())
     return Server(Flags(models=str(tree), port=-1, max_num_load_retries=0))
