@@ -105,7 +105,7 @@ def fit(
 
 
 class _Curves(keras.callbacks.TensorBoard):
-    """TensorBoard's curves, by epoch: Keras also writes metrics of each step, which costs short ones 3 % of their time."""
+    """TensorBoard's curves by epoch: Keras also writes every step, which costs short ones 3 % of their time."""
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, None)
