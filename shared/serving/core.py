@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.serving.gate import Gate, Recorder
 from shared.serving.inference import Inference, Stages
@@ -24,7 +24,7 @@ class Core:
     recorder: Recorder | None = None
     access: Callable[[str, Stages, str, float, str], None] | None = None  # writes a line of the access log
     as_content: bool = False  # whether answers carry tensor_content in place of typed fields
-    started: float = time.time()
+    started: float = field(default_factory=time.time)
 
     def record(self, kind: str, request: bytes, reply: bytes) -> None:
         """Write a request to the record; a disk that refuses ends the recording, not the answer."""

@@ -27,11 +27,6 @@ class Gate:
         self._rate, self._most = rate, most
         self.open = not (token or rate or most)
 
-    @property
-    def inside(self) -> int:
-        """Requests that were let in and have no answer yet; counted only where not all are let in."""
-        return self._inside
-
     def enter(self, authorization: str) -> None:
         """Let a request in, with what it has in its `authorization` header; RefusedError where it may not."""
         if self._expected and not hmac.compare_digest(authorization.encode(errors="replace"), self._expected):

@@ -124,7 +124,6 @@ class Grpc:
             **options,
         }  # fmt: skip
         self._server = grpc.server(self._pool, options=list(settings.items()))
-        self.port = 0
         prediction = {
             "Predict": self._inference("Predict", self._predict),
             "Classify": self._inference("Classify", self._simple(protocol.ClassificationRequest, "classify")),

@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import DecodeError
 
-from shared.serving import openapi, protocol, rest_json
+from shared.serving import openapi, protocol, rest_json, tensors
 from shared.serving.core import Core
 from shared.serving.grpc_transport import timing
 from shared.serving.inference import Stages
@@ -29,7 +29,6 @@ TOLD = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/label
 CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, GET",
         "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
 NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
-RECORDED = {"predict": "predict_log", "classify": "classify_log", "regress": "regress_log"}
 
 
 class Rest:
@@ -207,7 +206,7 @@ class Rest:
         stages.decode = time.perf_counter() - begun
         reply = getattr(core.inference, verb)(servable, asked, stages, until)
         if record:
-            core.record(RECORDED[verb], asked.SerializeToString(), reply.SerializeToString())
+            core.record(f"{verb}_log", asked.SerializeToString(), reply.SerializeToString())
         begun = time.perf_counter()
         write = rest_json.write_classifications if verb == "classify" else rest_json.write_regressions
         answer = write(reply)
@@ -285,8 +284,6 @@ def _signature(servable, key: str):
 
 
 def _as_messages(spec, key, inputs, outputs) -> tuple[bytes, bytes]:
-    from shared.serving import tensors
-
     request, reply = protocol.PredictRequest(), protocol.PredictResponse()
     for message, name in ((request, "inputs"), (reply, "outputs")):
         message.model_spec.CopyFrom(spec)

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 from google.protobuf import text_format
 
-from shared.serving import batching, protocol
+from shared.serving import batching, protocol, tensors
 from shared.serving.core import Core
 from shared.serving.flags import RELOADABLE, Flags, parse, processors
 from shared.serving.gate import Gate, Recorder
@@ -159,8 +159,6 @@ class Server:
 
     def _warm_up(self, servable: Servable) -> int:
         """Run a version's recorded requests; return how many. ValueError where one fails: the version is bad."""
-        from shared.serving import tensors
-
         inference, logs = Inference(None), servable.warm_ups()
         for position, record in enumerate(logs):
             kind = record.WhichOneof("log_type")

@@ -203,7 +203,6 @@ class _Keeper(keras.callbacks.Callback):
             for variable, value in zip(self.model.metrics_variables, self._measured, strict=True):
                 variable.assign_add(value)
             self._measured = []
-            logs = {**(logs or {}), "loss": logs["loss"]}
         if logs and not math.isfinite(logs["loss"]):
             step = self.steps_done + self._before + batch
             raise FloatingPointError(

@@ -37,7 +37,6 @@ def begin(task_name: str, config: Config) -> Config:
         strategy("multiworker")  # before anything else of TensorFlow
     name = config.name or (_newest(task_name, Path(config.runs)) if config.resume else _fresh(task_name, config))
     config = dataclasses.replace(config, name=name)
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
     for folder in (config.folder, Path(config.saved_models)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,21 +45,8 @@ def begin(task_name: str, config: Config) -> Config:
             probe.unlink()
         except OSError as error:
             raise OSError(f"cannot write to {folder}: {error.strerror}; make room or name another folder") from error
-    record = config.folder / "config.json"
-    if not workers.chief():
-        pass  # the chief looks after the record
-    elif config.resume:
-        if not record.exists():
-            raise FileNotFoundError(f"there is no run in {config.folder} to go on with; leave out --resume")
-        before = json.loads(record.read_text())["config"]
-        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items()
-                   if before.get(key) != value]  # fmt: skip
-        if changed:
-            raise ValueError(f"run {name} had other settings ({'; '.join(changed)}): give the same, or no --resume")
-    elif record.exists():
-        raise ValueError(f"{config.folder} holds a run already: add --resume to go on with it, or choose another name")
-    else:
-        record.write_text(json.dumps({"task": task_name, "config": settings}, indent=1))
+    if workers.chief():
+        _record(task_name, config)
     say("run", f"{config.folder}{' (going on)' if config.resume else ''}")
 
     keras.utils.set_random_seed(config.seed)
@@ -68,6 +54,25 @@ def begin(task_name: str, config: Config) -> Config:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(_fastest() if config.precision == "auto" else config.precision)
     return config
+
+
+def _record(task_name: str, config: Config) -> None:
+    """Write down a new run's settings; of one that goes on, check that they are the same."""
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
+    record = config.folder / "config.json"
+    if config.resume:
+        if not record.exists():
+            raise FileNotFoundError(f"there is no run in {config.folder} to go on with; leave out --resume")
+        before = json.loads(record.read_text())["config"]
+        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items()
+                   if before.get(key) != value]  # fmt: skip
+        if changed:
+            told = f"run {config.name} had other settings ({'; '.join(changed)}): give the same, or no --resume"
+            raise ValueError(told)
+    elif record.exists():
+        raise ValueError(f"{config.folder} holds a run already: add --resume to go on with it, or choose another name")
+    else:
+        record.write_text(json.dumps({"task": task_name, "config": settings}, indent=1))
 
 
 def _fastest() -> str:
