@@ -218,34 +218,85 @@ def test_warnings_of_the_curves():
     assert not list(diagnosis.warnings({"loss": [1.1, *falling], "val_loss": [0.9, *rising]}, splits))  # said before
 
 
-def watched(tmp_path, model):
-    said = []
-    model.compile(keras.optimizers.SGD(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
-    watcher = diagnosis.Gradients(make_splits(), str(tmp_path / "logs"), lambda label, text: said.append(text))
-    watcher.set_model(model)
-    watcher.on_epoch_end(0)
-    assert not watcher._last  # a minute has not passed
+def watched(tmp_path, model, factors):
+    """What is said of a model while it trains for a hundred steps with a loss of each factor in turn."""
+    said, splits = [], make_splits()
+    factor = tf.Variable(1.0)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), lambda wanted, given: factor * loss(wanted, given))
+    watcher = diagnosis.Gradients(splits, str(tmp_path / "logs"), lambda label, text: said.append(text))
     watcher.PATIENCE = 0.0
-    watcher.on_epoch_end(0)
-    return watcher, said
+    for epoch, value in enumerate(factors):
+        factor.assign(value)
+        model.fit(splits.stream(0), steps_per_epoch=100, initial_epoch=epoch, epochs=epoch + 1, verbose=0,
+                  shuffle=False, callbacks=[watcher])  # fmt: skip
+    watcher.close()
+    assert "apply" not in vars(model.optimizer)
+    return said
 
 
-def test_gradients_that_vanish_or_explode_and_dead_units(tmp_path):
-    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(8, "relu", name="hidden"), keras.layers.Dense(2)])
-    watcher, said = watched(tmp_path / "fine", model)
-    assert said == []
-    events = list((tmp_path / "fine" / "logs").glob("events.*"))
-    tags = {value.tag for event in tf.compat.v1.train.summary_iterator(str(events[0])) for value in event.summary.value}
-    assert any(tag.endswith("/hidden") or "hidden" in tag for tag in tags)
-    model.layers[-1].kernel.assign(model.layers[-1].kernel * 1e5)
-    watcher.on_epoch_end(1)
-    assert any("has grown a hundredfold" in text for text in said)
+def small():
+    return keras.Sequential([keras.Input([4]), keras.layers.Dense(8, "relu", name="hidden"), keras.layers.Dense(2)])
+
+
+def test_gradients_are_watched_and_found_well(tmp_path):
+    model = small()
+    assert watched(tmp_path, model, [1.0, 1.0]) == []
+    (events,) = (tmp_path / "logs").glob("events.*")
+    told = [event for event in tf.compat.v1.train.summary_iterator(str(events)) if event.summary.value]
+    assert [(event.step, event.summary.value[0].tag) for event in told] == [
+        (epoch, f"gradient/{layer.path}") for epoch in range(2) for layer in model.layers
+    ]
+    # The usual norm of the first hundred steps, that of the weights which never move.
+    with tf.GradientTape() as tape:
+        inputs, targets = next(iter(make_splits().stream(0)))
+        loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, model(inputs)))
+    once = tf.linalg.global_norm(tape.gradient(loss, [weight.value for weight in model.layers[-1].weights]))
+    assert tf.make_ndarray(told[1].summary.value[0].tensor) == pytest.approx(float(once), rel=0.5)
+
+
+def test_gradients_that_vanish(tmp_path):
+    said = watched(tmp_path, small(), [1.0, 1e-9, 1e-9])
+    assert len(said) == 1, said
+    assert "has vanished: its norm was under 1e-07 for 100 steps" in said[0]
+    assert "hidden" in said[0]
+
+
+def test_gradients_that_explode(tmp_path):
+    (said,) = watched(tmp_path, small(), [1.0, 1e4])
+    assert "was a hundred times what is usual; --clip=1 holds it" in said
+
+
+def test_units_that_died(tmp_path):
+    model = small()
     model.get_layer("hidden").bias.assign(tf.fill([8], -1e6))
-    watcher.on_epoch_end(2)
-    assert not any("zero" in text for text in said)  # it looks after epochs 1, 2, 4
-    watcher.on_epoch_end(3)
+    said = watched(tmp_path, model, [1.0])
     assert any("most units of hidden are zero" in text for text in said)
-    assert any("hidden has vanished" in text for text in said)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision):
+    """The loss stays finite; a loss scale leaves such a step out and goes on."""
+
+    @tf.custom_gradient
+    def steep(x):
+        return x, lambda given: given / 0.0
+
+    inputs = keras.Input([4])
+    hidden = keras.layers.Dense(3, name="first")(inputs)
+    hidden = keras.layers.Lambda(steep, output_shape=(3,))(hidden)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="last")(hidden))
+    optimizer = keras.optimizers.SGD(0.1)
+    if precision == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    config, splits = make_config(tmp_path, epochs=1), make_splits()
+    if precision == "mixed_float16":
+        assert training.fit(config, model, splits)["epochs"] == 1
+        assert all(np.isfinite(weights).all() for weights in model.get_weights())
+        return
+    with pytest.raises(FloatingPointError, match=r"the gradient of first became infinite .* in step 1 "):
+        training.fit(config, model, splits)
 
 
 def test_a_full_disk_is_told_before_training(cornucopia, tmp_path):

@@ -1,5 +1,6 @@
 """What goes wrong while a network learns, said early and in words that help."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -60,57 +61,94 @@ def warnings(history: Mapping[str, list[float]], splits: Splits) -> Iterator[str
 
 
 class Gradients(keras.callbacks.Callback):
-    """Norms of gradients by layer, to TensorBoard, on a batch at epochs that double; warns of what goes wrong.
+    """Watches the gradient of every step, by layer: its norm goes to TensorBoard, and what goes wrong is said once.
 
-    That is a gradient under 1e-7, one a hundred times that of the look before, and a layer with ReLU most of whose
-    units are zero for every example of the batch. It begins after a minute: the first look costs a second or two.
+    That is a gradient under 1e-7 for 100 steps on end, and one a hundred times what is usual for its layer. One that is
+    not finite while the loss is ends the run. After epochs that double, from a minute on, it also looks for layers with
+    ReLU most of whose units are zero for every example of a batch. For one device: it sees what the optimizer is given.
     """
 
-    VANISHED, EXPLODED, PATIENCE = 1e-7, 100.0, 60.0
+    VANISHED, STEPS, EXPLODED, PATIENCE = 1e-7, 100, 100.0, 60.0
 
     def __init__(self, splits: Splits, log_folder: str, say: Callable[[str, str], None]):
         super().__init__()
         self._splits, self._say = splits, say
         self._writer = tf.summary.create_file_writer(log_folder)
-        self._last: dict[str, float] = {}
         self._begun, self._next = time.monotonic(), 1
+        self._said: set[str] = set()
 
     def set_model(self, model):
+        """Have the optimizer show its gradients, from before the training step is traced."""
         super().set_model(model)
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        if "apply" in vars(optimizer):  # `fit` was called before
+            return
+        apply, variables = optimizer.apply, model.trainable_variables
+        self.names = list(dict.fromkeys(variable.path.rpartition("/")[0] or variable.path for variable in variables))
+        of_layer = {id(variable): self.names.index(variable.path.rpartition("/")[0] or variable.path)
+                    for variable in variables}  # fmt: skip
+        # A layer's norm now and as it usually is, steps on end under VANISHED, steps seen, and whether it ever leapt.
+        self._seen = [tf.Variable(tf.zeros(len(self.names)), trainable=False) for _ in range(5)]
+        now, usual, quiet, seen, leapt = self._seen
 
-        @tf.function(reduce_retracing=True)
-        def norms(inputs, targets):
-            with tf.GradientTape() as tape:
-                # As when it is asked: a pass as in training would move what dropout and normalisation remember.
-                loss = model.compute_loss(inputs, targets, model(inputs, training=False))
-            gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
-            zero = tf.constant(0.0)
-            return [zero if one is None else tf.norm(tf.convert_to_tensor(one)) for one in gradients]
+        def watched(grads, trainable_variables=None):
+            given = list(trainable_variables or variables)
+            pairs = [(grad, of_layer[id(variable)]) for grad, variable in zip(grads, given, strict=True)
+                     if grad is not None and id(variable) in of_layer]  # fmt: skip
+            # Of a table of vectors, the rows that the batch touched.
+            parts = [tf.cast(getattr(grad, "values", grad), tf.float32) for grad, _ in pairs]
+            squares = [tf.reduce_sum(tf.square(part)) for part in parts]
+            norms = tf.sqrt(tf.math.unsorted_segment_sum(squares, [layer for _, layer in pairs], len(self.names)))
+            leaps = (seen >= self.STEPS) & (norms > self.EXPLODED * usual)
+            leapt.assign(tf.maximum(leapt, tf.cast(leaps, tf.float32)))
+            usual.assign(tf.where(seen > 0, 0.99 * usual + 0.01 * norms, norms))
+            quiet.assign(tf.where(norms < self.VANISHED, quiet + 1, 0))
+            seen.assign_add(tf.ones_like(seen))
+            now.assign(norms)
+            return apply(grads, trainable_variables)
 
-        self._norms = norms
+        optimizer.apply = watched
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        vars(getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)).pop("apply", None)
+        self._writer.close()
+
+    def on_train_batch_end(self, batch, logs=None):
+        norms = self._seen[0].numpy()
+        if not np.isfinite(norms).all() and math.isfinite((logs or {}).get("loss", 0.0)):
+            # What is not finite flows back from where it began to the first layer.
+            name = self.names[np.flatnonzero(~np.isfinite(norms))[-1]]
+            raise FloatingPointError(
+                f"the gradient of {name} became infinite or not a number in step {batch + 1} of an epoch, while the "
+                "loss was finite: lower the learning rate, or use --precision=float32"
+            )
+        if (batch + 1) % self.STEPS == 0:
+            self._warn()
+
+    def _warn(self) -> None:
+        _, _, quiet, _, leapt = (variable.numpy() for variable in self._seen)
+        for found, text in (
+            (quiet >= self.STEPS, f"has vanished: its norm was under {self.VANISHED:g} for {self.STEPS} steps"),
+            (leapt > 0, "was a hundred times what is usual; --clip=1 holds it"),
+        ):
+            names = [name for name in np.array(self.names)[found] if f"{name} {text}" not in self._said]
+            if names:
+                self._say("warning", f"the gradient of {', '.join(names[:3])} {text}")
+            self._said.update(f"{name} {text}" for name in names)
 
     def on_epoch_end(self, epoch, logs=None):
-        early = time.monotonic() - self._begun < self.PATIENCE
-        if early or epoch + 1 < self._next:  # early epochs tell most
-            return
-        self._next = 2 * (epoch + 1)
-        inputs, targets = next(iter(self._splits.stream(epoch * self._splits.steps)))[:2]
-        parts: dict[str, list[float]] = {}
-        for variable, norm in zip(self.model.trainable_variables, self._norms(inputs, targets), strict=True):
-            parts.setdefault(variable.path.rpartition("/")[0], []).append(float(norm))
-        found = {name: float(np.linalg.norm(norms)) for name, norms in parts.items()}
+        self._warn()
         with self._writer.as_default(step=epoch):
-            for name, value in found.items():
+            for name, value in zip(self.names, self._seen[1].numpy(), strict=True):
                 tf.summary.scalar(f"gradient/{name}", value)
         self._writer.flush()
-        gone = [name for name, value in found.items() if value < self.VANISHED]
-        if gone:
-            self._say("warning", f"the gradient of {', '.join(gone[:3])} has vanished (norm under {self.VANISHED:g})")
-        grown = [name for name, value in found.items() if value > self.EXPLODED * self._last.get(name, np.inf)]
-        if grown:
-            self._say("warning", f"the gradient of {', '.join(grown[:3])} has grown a hundredfold; --clip=1 holds it")
-        self._last = found
-        for name in dead(self.model, inputs):
+        early = time.monotonic() - self._begun < self.PATIENCE
+        if early or epoch + 1 < self._next:
+            return
+        self._next = 2 * (epoch + 1)
+        batch = next(iter(self._splits.stream(epoch * self._splits.steps)))
+        for name in dead(self.model, batch[0]):
             self._say("warning", f"most units of {name} are zero for every example of a batch: a lower learning rate "
                                  "keeps ReLUs alive")  # fmt: skip
 

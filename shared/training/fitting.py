@@ -66,11 +66,13 @@ def fit(
     )
     watched = not config.deterministic and not workers.many(devices)  # no clock is allowed in deterministic mode
     watchers = []
-    if workers.chief():
-        watchers.append(_Curves(config.folder / "logs", write_graph=False))
-    if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
-        watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
-    with keeper.listening():
+    with keeper.listening(), contextlib.ExitStack() as closing:
+        if workers.chief():
+            watchers.append(_Curves(config.folder / "logs", write_graph=False))
+        if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
+            watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
+            watchers[-1].set_model(model)
+            closing.callback(watchers[-1].close)
         while keeper.epoch < config.epochs and not keeper.stopped and not keeper.over:
             batches = splits.stream(keeper.steps_done + keeper.step_in_epoch)
             model.fit(
