@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys
     expected = make_model(config, splits)
     training.fit(config, expected, splits)
     newest = config.folder / "checkpoint-4"
-    weights_ = newest / "last.weights.h5"
+    weights_ = newest / "last.npz"
     if damage == "cut":
         weights_.write_bytes(weights_.read_bytes()[: weights_.stat().st_size // 2])
     elif damage == "emptied":
@@ -340,9 +340,9 @@ def test_nothing_is_taken_from_a_damaged_checkpoint(tmp_path):
     training.fit(config, make_model(config, splits), splits)
     newest = config.folder / "checkpoint-3"
     state = json.loads((newest / "state.json").read_text())
-    (newest / "best.weights.h5").write_bytes(b"")
+    (newest / "best.npz").write_bytes(b"")
     (newest / "state.json").write_text(json.dumps({**state, "best_epoch": 0}))
     more = dataclasses.replace(config, resume=True, epochs=4)
     assert training.fit(more, make_model(more, splits), splits)["epochs"] == 4
     assert list(config.folder.glob("damaged-checkpoint-3-*"))
-    assert (config.folder / "checkpoint-4" / "best.weights.h5").stat().st_size
+    assert (config.folder / "checkpoint-4" / "best.npz").stat().st_size

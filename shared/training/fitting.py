@@ -8,9 +8,11 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from shared.data import Splits
 from shared.run import Config, say, seconds_since_start
@@ -163,15 +165,13 @@ class _Keeper(keras.callbacks.Callback):
             try:
                 state = json.loads((folder / "state.json").read_text())
                 if state["best_epoch"] != state["epoch"] - 1 and state["history"]:
-                    self.model.load_weights(folder / "best.weights.h5")  # it will be asked for in the end
-                self.model.load_weights(folder / "last.weights.h5")
-            except (OSError, ValueError, KeyError) as error:
+                    self._read(folder / "best.npz")  # it will be asked for in the end
+                self._put(self._read(folder / "last.npz"))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 say("resume", f"{folder} is damaged ({error}); trying the one before")
                 if workers.chief():  # put aside: nothing shall be taken from it
                     folder.rename(folder.with_name(f"damaged-{folder.name}-{os.getpid()}"))
                 continue
-            for variable, value in zip(self._seeds(), state.pop("seeds"), strict=True):
-                variable.assign(value)
             self._measured = state.pop("measured")
             for key, value in state.items():
                 setattr(self, key, value)
@@ -186,11 +186,29 @@ class _Keeper(keras.callbacks.Callback):
         """Put the best epoch's weights into the model."""
         folder = self.config.folder / f"checkpoint-{self.epoch}"
         if self.epoch and self.best_epoch != self.epoch - 1:
-            self.model.load_weights(folder / "best.weights.h5")
+            self._put(self._read(folder / "best.npz"))
 
-    def _seeds(self) -> list[keras.Variable]:
-        """Where the model's random layers (dropout) are in their sequence: Keras does not save it with the weights."""
-        return [variable for variable in self.model.variables if variable.path.endswith("seed_generator_state")]
+    def _variables(self) -> list[keras.Variable]:
+        """What the run goes on with: weights, the optimizer's state, and where random layers are in their sequence.
+
+        Not what metrics have counted: they exist only from the first step on.
+        """
+        counted = {id(variable) for variable in self.model.metrics_variables}
+        every = [*self.model.variables, *self.model.optimizer.variables]
+        return [variable for variable in {id(one): one for one in every}.values() if id(variable) not in counted]
+
+    def _read(self, path: Path) -> list[np.ndarray]:
+        """The variables' values in a file, in their order. ValueError where they are of another network."""
+        with path.open("rb") as raw, np.load(raw) as file:
+            values = [file[name] for name in file.files]
+        wanted = [tuple(variable.shape) for variable in self._variables()]
+        if [value.shape for value in values] != wanted:
+            raise ValueError(f"{path} holds another network, or its optimizer is another")
+        return values
+
+    def _put(self, values: list[np.ndarray]) -> None:
+        for variable, value in zip(self._variables(), values, strict=True):
+            variable.assign(value)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._since = time.perf_counter()
@@ -298,16 +316,18 @@ class _Keeper(keras.callbacks.Callback):
         self._saved_at = time.monotonic()
         try:
             draft.mkdir(exist_ok=True)
-            self.model.save_weights(draft / "last.weights.h5")  # by every worker: some variables all must read
+            # By every worker: some variables all must read. Keras's own files take eight times as long to write.
+            values = [keras.ops.convert_to_numpy(variable) for variable in self._variables()]
             if not workers.chief():
                 shutil.rmtree(draft)
                 return
+            # NumPy's files know no bfloat16; a float32 holds each of its values.
+            np.savez(draft / "last.npz", *(one.astype(np.float32) if one.dtype.kind == "V" else one for one in values))
             if better:
-                shutil.copy(draft / "last.weights.h5", draft / "best.weights.h5")
-            elif older and (older[-1] / "best.weights.h5").exists():
-                shutil.copy(older[-1] / "best.weights.h5", draft / "best.weights.h5")
+                shutil.copy(draft / "last.npz", draft / "best.npz")
+            elif older and (older[-1] / "best.npz").exists():
+                shutil.copy(older[-1] / "best.npz", draft / "best.npz")
             state = {name: getattr(self, name) for name in names}
-            state["seeds"] = [keras.ops.convert_to_numpy(variable).tolist() for variable in self._seeds()]
             state["measured"] = list(measured)
             (draft / "state.json").write_text(json.dumps(state))
             draft.rename(folder)
