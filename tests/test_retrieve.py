@@ -1,5 +1,6 @@
 """recommendation.retrieve as a user meets it, and that nothing of the answer leaks into the question."""
 
+import concurrent.futures
 import dataclasses
 import json
 import re
@@ -13,8 +14,10 @@ import tensorflow as tf
 from conftest import ROOT
 
 from apps.recommendation import retrieve
+from shared import export
 from shared.data import ratings
 from shared.serving import ask, checking
+from shared.serving.servable import Servable
 
 SMALL = ("--batch=16", "--length=20", "--width=16", "--layers=1", "--epochs=2")
 
@@ -118,6 +121,36 @@ def test_served_answers_are_the_measured_ones(config, tmp_path):
     assert np.isneginf(everything["top_scores"]).all()
 
 
+@pytest.mark.parametrize("block", [7, 100_000])  # many blocks, the last not full and smaller than an answer; one
+def test_streaming_index_is_exact_and_served(config, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(retrieve, "BLOCK", block)
+    splits = retrieve.load(config)
+    assert len(splits.names) % 7 not in (0, 6)
+    model = retrieve.build(config, splits)
+    model.get_layer("linear").set_weights([np.random.default_rng(1).normal(size=2 * [len(splits.names)])])
+    user = tf.constant(["1", "2", "", "nobody"])
+    history = tf.constant([["", ""], ["3", ""], ["5", "6"], ["", ""]])
+    brute = retrieve.Endpoint(config, model, splits)(user, history)
+    endpoint = retrieve.Endpoint(dataclasses.replace(config, index="streaming"), model, splits)
+    export.save(endpoint, tmp_path / "1", {"serving_default": endpoint.__call__})
+    version = Servable("retrieve", 1, tmp_path / "1")
+    asked = version.bind("serving_default", {"user": user.numpy(), "history": history.numpy()})
+
+    def ask():
+        return dict(zip(version.outputs["serving_default"], version.run(*asked), strict=True))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # requests at the same time are nothing to one another
+        answers = [future.result() for future in [pool.submit(ask) for _ in range(40)]]
+    for answer in (endpoint(user, history), *answers):
+        for name, wanted in brute.items():
+            if name == "top_scores":
+                np.testing.assert_allclose(answer[name], wanted, rtol=1e-5)
+            else:
+                np.testing.assert_array_equal(answer[name], wanted)
+    # An empty batch, too.
+    assert endpoint(tf.constant([], tf.string), tf.zeros([0, 0], tf.string))["top_items"].shape == [0, 10]
+
+
 def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "u.data").write_text(retrieve.made_up(3))
@@ -153,6 +186,8 @@ def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
         assert message in refused.stderr
     refused = cornucopia("train", "recommendation.retrieve", "--data=fashion-mnist", expect=2)
     assert "fashion-mnist holds no ratings; expected ml-100k" in refused.stderr
+    refused = cornucopia("train", "recommendation.retrieve", "--index=scann", expect=2)
+    assert "--index=scann cannot run: ScaNN 1.4.2, the latest, is built for TensorFlow 2.20" in refused.stderr
 
 
 def test_loss_leaves_out_what_the_user_had(config):
@@ -193,7 +228,8 @@ def test_sampled_loss_is_corrected_for_frequency_and_accidental_hits(config):
 
 
 def test_sampled_loss_learns(cornucopia):
-    done = cornucopia("train", "recommendation.retrieve", "--loss=sampled", "--linear=0", "--rate=0.01", *SMALL)
+    done = cornucopia("train", "recommendation.retrieve", "--loss=sampled", "--linear=0", "--rate=0.01",
+                      "--index=streaming", *SMALL)  # fmt: skip
     losses = [float(value) for value in re.findall(r"val_loss ([\d.]+)", done.stdout)]
     assert losses[-1] < losses[0]
     assert "over gRPC equal the model in memory" in done.stdout

@@ -3,7 +3,7 @@
 Data      MovieLens' u.data or ratings.dat; a CSV with columns user,item and, if there, timestamp; `ml-100k`
 Model     a query tower that reads the history in order (a causal transformer) and an item tower, meeting in a dot
           product, beside a linear regression of the next item on the fading history, in closed form; TensorFlow
-          Recommenders' sampled loss for large catalogues, and its top-k index
+          Recommenders' sampled loss for large catalogues, and its top-k indices
 Endpoint  user, and items just taken -> ten items that the user has not had, with scores; popular ones for a stranger
 """
 
@@ -36,6 +36,7 @@ class Config(run.Config):
     fading: float = 0.7  # weight of each further one, relative to the one before
     rate: float = 2e-3  # peak learning rate
     loss: Literal["full", "sampled"] = "full"  # softmax over all items, or over the batch's: for over 50,000 items
+    index: Literal["brute", "streaming", "scann"] = "brute"  # of the version: scores all items at once, or in blocks
     linear: int = 10_000  # most items for which the linear part is solved; its matrix has the square of them
     fade: float = 10.0  # items after which one weighs a third in the linear part
     stay: float = 0.02  # what an item weighs there for good
@@ -45,9 +46,16 @@ class Config(run.Config):
 SMOKE = Config(epochs=1, batch=16, length=20, width=16, layers=1)
 EXPECT = {"": {"ndcg@10": 0.50}, "ml-100k": {"ndcg@10": 0.104}}
 TOP = 10  # items in an answer
+BLOCK = 16_384  # items that the streaming index scores at once
 
 
 def load(config: Config) -> data.Splits:
+    if config.index == "scann":
+        raise ValueError(
+            f"--index=scann cannot run: ScaNN 1.4.2, the latest, is built for TensorFlow 2.20 and does not load in "
+            f"{tf.__version__}, nor has TensorFlow Serving its operations unless it is built with them; leave --index "
+            f"out, or take --index=streaming where the scores of all items do not fit into memory"
+        )
     taken, titles, about = _read(config)
     count = np.diff(taken.starts)
     held = np.flatnonzero(count >= 3)  # these users' last item is for the test, the one before for validation
@@ -458,6 +466,32 @@ def _ease(had: np.ndarray, penalty: float) -> np.ndarray:
     return np.where(had, -np.inf, scores)
 
 
+class _Streaming(tf.Module):
+    """TensorFlow Recommenders' streaming index: exact, and holds the scores of a block of items only.
+
+    Its dataset is made in the graph, for a SavedModel cannot hold one that was made before.
+    """
+
+    def __init__(self, vectors: tf.Tensor):
+        super().__init__()
+        self.vectors = tf.Variable(vectors, trainable=False)
+        self.layer = tfrs.layers.factorized_top_k.Streaming(k=TOP, num_parallel_calls=None)
+
+    def __call__(self, query: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        vectors, count = self.vectors.read_value(), len(self.vectors)
+
+        def block(begin):
+            end = tf.minimum(begin + BLOCK, count)
+            # Left to number the items itself, the layer counts in a variable that all requests share.
+            return tf.range(begin, end), vectors[begin:end]
+
+        blocks = tf.data.Dataset.range(0, count, BLOCK).map(block)
+        plain = tf.data.Options()  # rewriting the dataset at each request would take longer than running it
+        plain.autotune.enabled = False
+        plain.experimental_optimization.apply_default_optimizations = False
+        return self.layer.index_from_dataset(blocks.with_options(plain))(query, k=k)
+
+
 class Endpoint(tf.Module):
     def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
         super().__init__()
@@ -471,7 +505,10 @@ class Endpoint(tf.Module):
         # One more dimension holds the popularity, which a query without a known item asks for alone.
         popularity = _questions(splits.test)[0].mean(0)
         vectors = tf.concat([*vectors, tf.cast(popularity, tf.float32)[:, None]], -1)
-        self.index = tfrs.layers.factorized_top_k.BruteForce(k=TOP).index(vectors)
+        if config.index == "streaming":
+            self.index = _Streaming(vectors)
+        else:
+            self.index = tfrs.layers.factorized_top_k.BruteForce(k=TOP).index(vectors)
 
     @tf.function(
         input_signature=[
