@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 
 import grpc
 import gymnasium
@@ -236,6 +238,94 @@ def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
         return json.loads((tmp_path / name / "checkpoint-3" / "state.json").read_text())["history"]
 
     np.testing.assert_equal(past("whole"), past("broken"))  # NaN, where no episode ended, equals NaN here
+
+
+def test_environments_of_a_pool_are_learned_from_alike(tmp_path, monkeypatch):
+    """EnvPool's interface in front of Gymnasium's environments: the seed at the making, none at a reset."""
+
+    class Pool:
+        def __init__(self, name, *, env_type, num_envs, seed):
+            assert env_type == "gymnasium"
+            self.inside, self.seed = gymnasium.make_vec(name, num_envs), seed
+            made.append(seed)
+
+        def reset(self, *, seed=None):
+            assert seed is None
+            return self.inside.reset(seed=self.seed)
+
+        def step(self, action):
+            return self.inside.step(action)
+
+    made = []
+    module = types.SimpleNamespace(__version__="0", make=Pool, list_all_envs=lambda: ["Acrobot-v1", "CartPole-v1"])
+    monkeypatch.setitem(sys.modules, "envpool", module)
+    learnt = {}
+    for simulator in ("gymnasium", "auto"):
+        changes = {"data": "Acrobot-v1", "simulator": simulator, "runs": str(tmp_path), "saved_models": str(tmp_path)}
+        config = training.begin("rl.ppo", dataclasses.replace(SMALL, **changes, name=""))
+        splits = ppo.load(config)
+        network = ppo.build(config, splits)
+        made.clear()
+        ppo.train(config, network, splits)
+        assert len(set(made)) == (0 if simulator == "gymnasium" else config.epochs)
+        learnt[simulator] = network.get_weights()
+    for want, have in zip(*learnt.values(), strict=True):
+        np.testing.assert_array_equal(want, have)
+
+    def pooled(**changes):
+        config = dataclasses.replace(SMALL, **changes)
+        return ppo.pooled(config, ppo.World.of(config))
+
+    assert pooled(simulator="envpool")
+    assert not pooled(simulator="auto")  # of CartPole-v1, Gymnasium's own are faster
+    with pytest.raises(ValueError, match="EnvPool 0 has no Pendulum-v1; without --simulator, Gymnasium"):
+        pooled(data="Pendulum-v1", simulator="envpool")
+    monkeypatch.setitem(sys.modules, "envpool", None)  # as where it is not installed
+    assert not pooled(data="Acrobot-v1", simulator="auto")
+    with pytest.raises(ValueError, match="EnvPool is not installed"):
+        pooled(simulator="envpool")
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1"])
+def test_envpool_steps_as_gymnasium_does(name):
+    pytest.importorskip("envpool")
+    world = ppo.World.of(dataclasses.replace(SMALL, data=name))
+    random = np.random.default_rng(1)
+    choices = [world.random(random, 4) for _ in range(1200)]
+    play = ppo.Play(world, 4, pool=True)
+
+    def played(seed):
+        play.reset(seed)
+        first = (play.observation, *(np.zeros(4),) * 2, *(np.zeros(4, bool),) * 2, play.total)
+        return [first, *(play.step(choice) for choice in choices)]
+
+    whole = played(3)
+    for want, have in zip(whole, played(3), strict=True):
+        for part, again in zip(want, have, strict=True):
+            np.testing.assert_array_equal(part, again)
+    assert any((want[0] != have[0]).any() for want, have in zip(whole, played(4), strict=True))
+
+    inside = gymnasium.make(name).unwrapped
+    inside.reset(seed=1)
+    length, ends = np.zeros(4, int), set()
+    for before, choice, after in zip(whole, choices, whole[1:], strict=False):
+        observation, reward, terminated, truncated, chosen, _ = after
+        for side in range(4):
+            seen = before[0][side].astype(float)
+            if not chosen[side]:  # it began anew
+                assert (reward[side], terminated[side], truncated[side], length[side]) == (0, False, False, 0)
+                assert np.abs(observation[side] - inside.reset()[0]).max() < 0.5
+                continue
+            inside.state = seen if len(seen) == 4 else [*np.arctan2(seen[1:4:2], seen[:4:2]), *seen[4:]]
+            inside.steps_beyond_terminated = None
+            expected, worth, over, _, _ = inside.step(int(choice[side]))
+            np.testing.assert_allclose(observation[side], expected, atol=1e-5)
+            assert (reward[side], terminated[side]) == (worth, over)
+            length[side] += 1
+            assert truncated[side] == (length[side] == world.limit and not over)
+            ends |= {"terminated"} if over else {"truncated"} if truncated[side] else set()
+            length[side] *= not (over or truncated[side])
+    assert ends == ({"terminated"} if name == "CartPole-v1" else {"truncated"})
 
 
 @pytest.mark.parametrize(

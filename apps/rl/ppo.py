@@ -8,7 +8,9 @@ Endpoint  observation -> action, probabilities (continuous actions: mean, deviat
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import gymnasium
 import keras
@@ -26,6 +28,7 @@ class Config(run.Config):
     steps: int = 0  # of the environments to learn from, whole rounds of them; 0: as many as in KNOWN, else 1,000,000
     epochs: int = 10  # parts of the training; after each, the policy is tried on episodes of its own
     environments: int = 16  # side by side
+    simulator: Literal["auto", "gymnasium", "envpool"] = "auto"  # auto: EnvPool for Acrobot-v1, if installed
     batch: int = 2048  # steps between two updates, all environments together
     passes: int = 10  # over those steps at an update
     minibatches: int = 8  # that each pass is cut into
@@ -47,6 +50,7 @@ KNOWN = {
     "Acrobot-v1": (500_000, "-73.5 (RL Baselines3 Zoo, one run of 1,000,000 steps)"),
     "LunarLander-v3": (1_000_000, "242.1 (RL Baselines3 Zoo, one run of 1,000,000 steps on LunarLander-v2)"),
 }
+POOLED = ("Acrobot-v1",)  # environments that EnvPool steps faster and just as Gymnasium does (CONTRIBUTING.md)
 TRIED, TESTED = 20, 100  # episodes after each epoch, and in the end
 TRY, TEST, RANDOM = 1_000_000, 2_000_000, 3_000_000  # their seeds; training draws its own by the run's seed
 
@@ -61,8 +65,9 @@ def load(config: Config) -> data.Splits:
         )
     if config.strategy in ("mirrored", "multiworker"):
         raise ValueError("rl.ppo learns on one device; leave --strategy out")
+    stepped = "EnvPool" if pooled(config, world) else "Gymnasium"
     run.say("world", f"{world.name}: {world.size} numbers observed, {world.described}, episodes of {world.limit:,} "
-            f"steps at most")  # fmt: skip
+            f"steps at most; learned from in {stepped}")  # fmt: skip
     begun = [tf.data.Dataset.from_tensors(np.int64(seed)) for seed in (config.seed, TRY, TEST)]
     random = Play(world, 8)
     random.reset(RANDOM)
@@ -161,14 +166,25 @@ class World:
 class Play:
     """Environments side by side. One whose episode has ended begins anew in its next step, which nobody chose."""
 
-    def __init__(self, world: World, count: int):
-        self.world, self.count = world, count
-        self.environments = gymnasium.make_vec(world.name, count)
+    def __init__(self, world: World, count: int, *, pool: bool = False):
+        self.world, self.count, self.pool = world, count, pool
+        if not pool:
+            self.environments = gymnasium.make_vec(world.name, count)
 
     def reset(self, seed: int) -> None:
-        self.observation = self._checked(self.environments.reset(seed=seed)[0])
+        observation = self._anew(seed) if self.pool else self.environments.reset(seed=seed)[0]
+        self.observation = self._checked(observation)
         self.ended = np.zeros(self.count, bool)
         self.total = np.zeros(self.count, np.float32)
+
+    def _anew(self, seed: int) -> np.ndarray:
+        """EnvPool's environments take a seed when they are made, and none when they are reset."""
+        import envpool
+
+        with warnings.catch_warnings():  # of the bounds in which it says observations lie; nothing here reads them
+            warnings.filterwarnings("ignore", ".*precision lowered", UserWarning)
+            self.environments = envpool.make(self.world.name, env_type="gymnasium", num_envs=self.count, seed=seed)
+            return self.environments.reset()[0]
 
     def now(self) -> np.ndarray:
         return self.observation
@@ -186,6 +202,21 @@ class Play:
         if not np.isfinite(observation).all():
             raise FloatingPointError(f"{self.world.name} shows numbers that are not finite: {observation}")
         return observation.astype(np.float32)
+
+
+def pooled(config: Config, world: World) -> bool:
+    """Whether EnvPool steps the environments to learn from. Policies are tried and measured in Gymnasium's, always."""
+    if config.simulator == "gymnasium" or (config.simulator == "auto" and world.name not in POOLED):
+        return False
+    try:
+        import envpool
+
+        lacking = "" if world.name in envpool.list_all_envs() else f"EnvPool {envpool.__version__} has no {world.name}"
+    except ImportError:
+        lacking = "EnvPool is not installed (pip install 'cornucopia-suite[envpool]')"
+    if lacking and config.simulator == "envpool":
+        raise ValueError(f"--simulator=envpool: {lacking}; without --simulator, Gymnasium steps them")
+    return not lacking
 
 
 STEP = (tf.float32, tf.float32, tf.bool, tf.bool, tf.bool, tf.float32)  # what Play.step returns
@@ -244,7 +275,8 @@ class Learner(keras.Model):
     def __init__(self, config: Config, model: keras.Model):
         super().__init__(name=model.name)
         self.config, self.world, self.network = config, World.of(config), model
-        self.play, self.trial = Play(self.world, config.environments), Play(self.world, TRIED)
+        self.play = Play(self.world, config.environments, pool=pooled(config, self.world))
+        self.trial = Play(self.world, TRIED)
         self.seen = self.add_weight(name="seen", initializer="zeros", trainable=False)  # observations
         self.returned = self.add_weight([config.environments], name="returned", initializer="zeros", trainable=False)
         self.returns = self.add_weight([3], name="returns", initializer="zeros", trainable=False)  # count, mean, var
