@@ -39,29 +39,34 @@ cornucopia COMMAND [TASK] --help tells the flags."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class Server:
+    address: str = "127.0.0.1:8500"  # HOST:PORT for gRPC; http://HOST:PORT or https://HOST:PORT for REST
+    token: str = ""  # sent as "authorization: Bearer TOKEN"
+    # for TLS, files in PEM: ROOT, against which the server's certificate is checked, or ROOT,KEY,CERTIFICATE where the
+    # server asks who calls
+    certificate: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask(Server):
     """One raw request to a running server. All other flags, as --NAME=VALUE, are inputs of the signature; an input
     that is named as a flag here cannot be given.
     """
 
-    address: str = "127.0.0.1:8500"  # HOST:PORT for gRPC; http://HOST:PORT or https://HOST:PORT for REST
     signature: str = "serving_default"  # of the model
     version: int = 0  # of the model; 0: the newest
     label: str = ""  # of a version, as the server's configuration names it
-    token: str = ""  # sent as "authorization: Bearer TOKEN"
     timeout: float = 60.0  # seconds that the answer may take
     top: int = 0  # how many of a list of best answers to show; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Load(Server):
     """Load a running server and tell how much it bears. All other flags, as --NAME=VALUE, are inputs of the signature;
     without any, the model's warm-up request is sent, or zeros. Exit code 1: a request failed.
     """
 
-    address: str = "127.0.0.1:8500"  # HOST:PORT for gRPC; http://HOST:PORT or https://HOST:PORT for REST
     signature: str = ""  # of the model; empty: serving_default
-    token: str = ""  # sent as "authorization: Bearer TOKEN"
     concurrency: int = 8  # callers that each wait for their answer before they ask again
     seconds: float = 10.0  # of which the first tenth, at most 1, is not counted
     rate: float = 0.0  # requests a second, sent when they are due whatever the server does; 0: callers as above
@@ -292,7 +297,7 @@ def _ask(words: list[str]) -> None:
     task, flags, values = _with_inputs(words, "ask", Ask)
     from shared.serving import ask
 
-    options = dataclasses.asdict(flags)
+    options = _options(flags)
     options["version"] = flags.version or None
     options["top"] = flags.top or None
     ask.ask(task, values, **options)
@@ -302,10 +307,14 @@ def _load(words: list[str]) -> None:
     task, flags, values = _with_inputs(words, "load", Load)
     from shared.serving import load
 
-    options = dataclasses.asdict(flags)
+    options = _options(flags)
     options["saved_models"] = Path(flags.saved_models)
     if not load.load(task, values, **options):
         raise SystemExit(1)
+
+
+def _options(flags: Server) -> dict[str, Any]:
+    return {**dataclasses.asdict(flags), "certificate": [path for path in flags.certificate.split(",") if path]}
 
 
 def _with_inputs(words: list[str], command: str, kind: type) -> tuple[str, Any, dict[str, str]]:

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -283,37 +282,6 @@ def test_metrics_config(tree, tmp_path):
         (tmp_path / "monitoring").write_text(text)
         with serving(tree, rest_api_port=-1, monitoring_config_file=str(tmp_path / "monitoring")) as one:
             assert get(one.rest_address, path)[0] == code
-
-
-def certificate(folder):
-    """A key and a certificate for 127.0.0.1 that is its own authority."""
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key"),
-             "-out", str(folder / "cert")]  # fmt: skip
-    try:
-        subprocess.run(words, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed; it makes the certificate")
-    return folder / "key", folder / "cert"
-
-
-def test_mutual_tls(tree, tmp_path):
-    key, cert = certificate(tmp_path)
-    assert ssl.create_default_context(cafile=cert)
-    quoted = {name: path.read_text().replace("\n", "\\n") for name, path in (("key", key), ("cert", cert))}
-    (tmp_path / "ssl").write_text(f'server_key: "{quoted["key"]}" server_cert: "{quoted["cert"]}" '
-                                  f'custom_ca: "{quoted["cert"]}" client_verify: true')  # fmt: skip
-    with serving(tree, ssl_config_file=str(tmp_path / "ssl")) as one:
-        with Client(one.address, certificate=(cert, key, cert)) as client:
-            assert client.predict("affine", X)["y"].shape == (1, 2)
-        with (
-            Client(one.address, certificate=(cert,), retries=0) as client,
-            pytest.raises(ServerError, match="UNAVAILABLE"),
-        ):
-            client.predict("affine", X)
-    (tmp_path / "ssl").write_text('server_key: "x"')
-    with pytest.raises(ValueError, match="must hold server_key and server_cert"):
-        serving(tree, ssl_config_file=str(tmp_path / "ssl"))
 
 
 def test_taken_ports(tree):

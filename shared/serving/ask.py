@@ -1,6 +1,6 @@
 """One raw request to a server, and its answer as a person reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -21,17 +21,20 @@ def ask(
     version: int | None = None,
     label: str = "",
     token: str = "",
+    certificate: Sequence[str | Path] = (),
     timeout: float = 60.0,
     top: int | None = None,
 ) -> None:
     """Print the answer of a model's signature to inputs given as text; of a list of best ones the `top` first.
+
+    `token` and `certificate` are as for Client.
 
     Raises:
         ValueError: an input is missing, unknown or not of its type, or the server refuses; says which.
         OSError: no server answers at the address, or a file cannot be read.
     """
     which = {"signature": signature, "version": version, "label": label}
-    with Client(address, timeout=timeout, token=token, retries=0) as client:
+    with Client(address, timeout=timeout, token=token, certificate=certificate, retries=0) as client:
         try:
             example = read(model, values, client.inputs(model, **which))
             answer = client.predict(model, example, **which)
@@ -67,7 +70,7 @@ def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.
 def explained(error: ServerError, address: str) -> ValueError | ConnectionError:
     """A failed call as a person at the command line needs it."""
     if error.code == grpc.StatusCode.UNAVAILABLE:
-        return ConnectionError(f"no server answers at {address}; start one with make serve")
+        return ConnectionError(f"no server answers at {address} ({error.details}); start one with make serve")
     return ValueError(f"the server refuses ({error.code.name}): {error.details}")
 
 

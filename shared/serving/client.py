@@ -9,6 +9,7 @@
 import asyncio
 import functools
 import json
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from shared.serving import protocol, tensors
+from shared.serving import protocol, tensors, tls
 
 Inputs = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype, shape with -1 for any size
 _AT_ONCE = 8  # parts of one large batch that are on their way together
@@ -260,11 +261,7 @@ class _Methods:
             from shared.serving import client_rest  # only here: httpx2 takes a while to load
 
             return client_rest.connect(self._http, self._address, headers=self._metadata(), files=self._certificate)
-        options = channel_options(self._retries)
-        if not self._certificate:
-            return self._grpc.insecure_channel(self._address, options=options)
-        credentials = grpc.ssl_channel_credentials(*[path.read_bytes() for path in self._certificate])
-        return self._grpc.secure_channel(self._address, credentials, options=options)
+        return channel(self._address, self._certificate, retries=self._retries, of=self._grpc)
 
 
 class Client(_Methods):
@@ -361,6 +358,14 @@ class AsyncClient(_Methods):
         except grpc.RpcError as error:
             raise ServerError(error.code(), error.details()) from error
         return _value(call, reply)
+
+
+def channel(address: str, certificate: Sequence[Path], *, retries: int, of: types.ModuleType = grpc):
+    """A channel to HOST:PORT, with TLS where a certificate is given as for Client; `of` grpc or grpc.aio."""
+    options = channel_options(retries)
+    if not certificate:
+        return of.insecure_channel(address, options=options)
+    return of.secure_channel(address, tls.client_credentials(certificate), options=options)
 
 
 def channel_options(retries: int) -> list[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import ssl
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import httpx2
 import numpy as np
 from google.protobuf import json_format
 
-from shared.serving import protocol, tensors
+from shared.serving import protocol, tensors, tls
 from shared.serving.client import Call, ServerError, states, to_array
 
 CODES = {
@@ -28,11 +27,7 @@ CODES = {
 
 def connect(name: str, address: str, *, headers: list[tuple[str, str]], files: Sequence[Path]) -> Any:
     """A `Client` or `AsyncClient` of httpx2 that keeps its connections."""
-    context: Any = False
-    if address.startswith("https://"):
-        context = ssl.create_default_context(cafile=files[0] if files else None)
-        if len(files) == 3:
-            context.load_cert_chain(files[2], files[1])
+    context = tls.client_context(files) if address.startswith("https://") else False
     return getattr(httpx2, name)(base_url=address, headers=headers, verify=context)
 
 

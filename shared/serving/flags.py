@@ -40,6 +40,7 @@ class Flags:
     num_request_iterations_for_warmup: int = 1  # times that each is run
     monitoring_config_file: str = ""  # MonitoringConfig as text; without it metrics are at the usual path
     ssl_config_file: str = ""  # SSLConfig as text, for gRPC: key, certificate, the clients' authority
+    rest_ssl_config_file: str = ""  # the same for REST, which then is https; may be the same file
     grpc_channel_arguments: str = ""  # options of the gRPC server, as k=v,k=v
     grpc_max_threads: int = 0  # that answer gRPC requests; 0: four a processor, with batching 64
     enable_grpc_healthcheck_service: bool = True  # grpc.health.v1; here always
@@ -129,6 +130,8 @@ def _check(flags: Flags) -> None:
         raise ValueError("at least one of --port and --grpc_socket_path must be given")
     if flags.rest_api_port > 0 and flags.rest_api_port == flags.port:
         raise ValueError(f"--port and --rest_api_port are both {flags.port}; they must differ")
+    if flags.rest_ssl_config_file and not flags.rest_api_port:
+        raise ValueError("--rest_ssl_config_file is given without --rest_api_port")
     if flags.batching_parameters_file and not flags.enable_batching:
         raise ValueError("--batching_parameters_file is given without --enable_batching")
     named = [name for name in ("models", "model_base_path", "model_config_file") if getattr(flags, name)]

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 
-from shared.serving import ask, protocol, tensors
-from shared.serving.client import Call, Client, ServerError, channel_options, request
+from shared.serving import ask, protocol, tensors, tls
+from shared.serving.client import Call, Client, Inputs, ServerError, channel, request
 from shared.serving.records import records
 
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")  # in the folder of a version
@@ -39,6 +39,7 @@ def load(
     address: str = "127.0.0.1:8500",
     signature: str = "",
     token: str = "",
+    certificate: Sequence[str | Path] = (),
     batch: int = 1,
     concurrency: int = 8,
     seconds: float = 10.0,
@@ -47,21 +48,28 @@ def load(
 ) -> bool:
     """Load a server with requests to a model and print what came of it; whether every request was answered.
 
+    `token` and `certificate` are as for Client.
+
     Raises:
-        ValueError: the server refuses the first request, or the inputs are not what the model takes.
+        ValueError: the server refuses the first request, the inputs are not what the model takes, or a file of the
+            certificate holds none.
         OSError: no server answers at the address, or a file cannot be read.
     """
     if batch < 1:
         raise ValueError(f"a request needs 1 example or more, not {batch}")
     try:
-        inputs, origin = _inputs(model, values, address, signature=signature, token=token, saved_models=saved_models)
+        found = None if values else warm_up(saved_models / model, signature)
+        if not found:
+            with Client(address, token=token, certificate=certificate, retries=0) as client:
+                found = _inputs(values, model, client.inputs(model, signature=signature or "serving_default"))
+        inputs, origin = found
         repeated = {
             name: np.repeat(value[:1], batch, axis=0) if value.ndim else value for name, value in inputs.items()
         }
         message = request(model, repeated, signature=signature)
         print(f"{model} at {address} with {origin}, {batch} {'example' if batch == 1 else 'examples'} a request, "
               + (f"{rate:g} requests/s" if rate else f"{concurrency} at once") + f", for {seconds:g} s")  # fmt: skip
-        with calling(address, message, token=token) as call:
+        with calling(address, message, token=token, certificate=certificate) as call:
             call(False)
             result = run(call, concurrency=concurrency, seconds=seconds, rate=rate)
     except ServerError as error:
@@ -70,16 +78,8 @@ def load(
     return not result.errors
 
 
-def _inputs(
-    model: str, values: Mapping[str, str], address: str, *, signature: str, token: str, saved_models: Path
-) -> tuple[dict[str, np.ndarray], str]:
-    """What to send, and where it comes from: the flags, the model's warm-up request, or nothing but zeros."""
-    if not values:
-        found = warm_up(saved_models / model, signature)
-        if found:
-            return found
-    with Client(address, token=token, retries=0) as client:
-        takes = client.inputs(model, signature=signature or "serving_default")
+def _inputs(values: Mapping[str, str], model: str, takes: Inputs) -> tuple[dict[str, np.ndarray], str]:
+    """What to send to a model that takes such inputs, and where it comes from: the flags, or nothing but zeros."""
     if values:
         return ask.read(model, values, takes), "the inputs of the flags"
     zeros = {}
@@ -104,7 +104,12 @@ def warm_up(base: Path, signature: str = "") -> tuple[dict[str, np.ndarray], str
 
 @contextlib.contextmanager
 def calling(
-    address: str, message: protocol.PredictRequest, *, token: str = "", timeout: float = 60.0
+    address: str,
+    message: protocol.PredictRequest,
+    *,
+    token: str = "",
+    certificate: Sequence[str | Path] = (),
+    timeout: float = 60.0,
 ) -> Iterator[Callable[[bool], Stages | None]]:
     """A call for `run` that sends one Predict message to an address as of Client; it raises ServerError.
 
@@ -112,13 +117,15 @@ def calling(
     """
     plain = [("authorization", f"Bearer {token}")] if token else []
     traced = [*plain, ("server-timing", "1")]
+    files = [Path(path) for path in certificate]
     if address.startswith(("http://", "https://")):
+        context = tls.client_context(files) if address.startswith("https://") else None
         with contextlib.ExitStack() as opened:
-            yield _rest_call(address, message, plain, traced, timeout, opened)
+            yield _rest_call(address, message, plain, traced, timeout, context, opened)
         return
     body = message.SerializeToString()
-    with grpc.insecure_channel(address.removeprefix("grpc://"), options=channel_options(0)) as channel:
-        predict = channel.unary_unary(f"/{protocol.PREDICTION}/Predict")  # without serializers: bytes as they are
+    with channel(address.removeprefix("grpc://"), files, retries=0) as connection:
+        predict = connection.unary_unary(f"/{protocol.PREDICTION}/Predict")  # without serializers: bytes as they are
 
         def call(trace: bool) -> Stages | None:
             try:
@@ -139,6 +146,7 @@ def _rest_call(
     plain: list,
     traced: list,
     timeout: float,
+    context: ssl.SSLContext | None,
     opened: contextlib.ExitStack,
 ) -> Callable[[bool], Stages | None]:
     from shared.serving import client_rest
@@ -151,9 +159,10 @@ def _rest_call(
         # The standard library's connection costs the client a fraction of what httpx2's does.
         try:
             if not hasattr(kept, "connection"):
-                secure = {"context": ssl.create_default_context()} if target.scheme == "https" else {}
-                kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-                kept.connection = kind(target.netloc, timeout=timeout, **secure)
+                if context:
+                    kept.connection = http.client.HTTPSConnection(target.netloc, timeout=timeout, context=context)
+                else:
+                    kept.connection = http.client.HTTPConnection(target.netloc, timeout=timeout)
                 opened.callback(kept.connection.close)
             kept.connection.request("POST", sent["url"], sent["content"], dict(traced if trace else plain))
             response = kept.connection.getresponse()

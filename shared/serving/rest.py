@@ -6,6 +6,7 @@ aiohttp takes connections, chunks, compressed bodies and keep-alive; each reques
 import asyncio
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -46,14 +47,16 @@ class Rest:
         largest: int = 0,
         metrics_path: str = "",
         patience: float = 60.0,
+        context: ssl.SSLContext | None = None,
     ):
         """Open the port.
 
         `seconds` is what a request may take, `largest` the bytes of a body (0: any), `patience` the seconds in which a
-        client must have sent its headers, and then its body. OSError where the port cannot be had.
+        client must have shaken hands, where there is TLS by a `context`, then sent its headers, and then its body.
+        OSError where the port cannot be had.
         """
         self._core, self._seconds, self._cors, self._largest = core, seconds, cors, largest
-        self._metrics_path, self._patience = metrics_path, patience
+        self._metrics_path, self._patience, self._context = metrics_path, patience, context
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rest")
         self._loop = asyncio.new_event_loop()
         self._busy = 0
@@ -68,7 +71,9 @@ class Rest:
     async def _open(self, host: str, port: int) -> int:
         self._web = _Web(self._handle, request_factory=self._request, access_log=None, keepalive_timeout=3600,
                          patience=self._patience, max_line_size=65536, max_field_size=65536)  # fmt: skip
-        self._listening = await self._loop.create_server(self._web, host, port, backlog=1024)
+        limits = {"ssl_handshake_timeout": self._patience, "ssl_shutdown_timeout": 1.0} if self._context else {}
+        self._listening = await self._loop.create_server(self._web, host, port, backlog=1024, ssl=self._context,
+                                                         **limits)  # fmt: skip
         return self._listening.sockets[0].getsockname()[1]
 
     def stop(self, grace: float) -> None:
@@ -79,7 +84,15 @@ class Rest:
             until = time.monotonic() + grace
             while self._busy and time.monotonic() < until:
                 await asyncio.sleep(0.01)
+            secure = [one.wire for one in self._web.connections] if self._context else []
             await self._web.shutdown(0.1)
+            for transport in secure:
+                transport.abort()  # there is no waiting for a client to end TLS too
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # handshakes that have not come to their end
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.sleep(0)  # what was aborted is closed at the loop's next turn
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result()
         self._end()
@@ -245,6 +258,7 @@ class _Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.wire = transport
         self._clock = asyncio.get_running_loop().call_later(self._patience, transport.abort)
 
     def connection_lost(self, error: BaseException | None) -> None:

@@ -10,10 +10,9 @@ import threading
 import time
 from pathlib import Path
 
-import grpc
 from google.protobuf import text_format
 
-from shared.serving import batching, protocol, tensors
+from shared.serving import batching, protocol, tensors, tls
 from shared.serving.core import Core
 from shared.serving.flags import RELOADABLE, Flags, parse, processors
 from shared.serving.gate import Gate, Recorder
@@ -95,7 +94,9 @@ class Server:
                    (pair.partition("=") for pair in flags.grpc_channel_arguments.split(",") if pair)}  # fmt: skip
         threads = flags.grpc_max_threads or (64 if flags.enable_batching else 4 * processors())
         self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1)
-        credentials = _credentials(flags.ssl_config_file)
+        path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
+        credentials = tls.server_credentials(_read(path, protocol.SSLConfig), path) if path else None
+        context = tls.server_context(_read(rest_path, protocol.SSLConfig), rest_path) if rest_path else None
         if flags.port:
             self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", credentials)
             self.address = f"{flags.host}:{self.port}"
@@ -114,6 +115,7 @@ class Server:
                 largest=flags.max_request_bytes,
                 metrics_path=(monitoring.path or METRICS) if wanted else "",
                 patience=flags.client_header_timeout_seconds,
+                context=context,
             )
             self.rest_address = f"{flags.host}:{self._rest.port}"
         self._grpc.start()
@@ -286,16 +288,6 @@ def _parse(text: str, kind: type, path: str):
         raise ValueError(f"Error parsing text-format {name}: {path}: {error}") from error
 
 
-def _credentials(path: str) -> grpc.ServerCredentials | None:
-    if not path:
-        return None
-    config = _read(path, protocol.SSLConfig)
-    if not config.server_key or not config.server_cert:
-        raise ValueError(f"{path} must hold server_key and server_cert, in PEM")
-    pairs = [(config.server_key.encode(), config.server_cert.encode())]
-    return grpc.ssl_server_credentials(pairs, config.custom_ca.encode() or None, config.client_verify)
-
-
 def _access(entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str) -> None:
     told = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model, "status": status,
             "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}  # fmt: skip
@@ -336,7 +328,8 @@ def serve(words: list[str]) -> int:
         gc.freeze()  # TensorFlow's million objects stay: to look them through stops every thread for a quarter second
         told = [f"gRPC on {server.address}"] if flags.port else []
         told += [f"gRPC on unix:{flags.grpc_socket_path}"] if flags.grpc_socket_path else []
-        told += [f"REST on http://{server.rest_address}"] if flags.rest_api_port else []
+        scheme = "https" if flags.rest_ssl_config_file else "http"
+        told += [f"REST on {scheme}://{server.rest_address}"] if flags.rest_api_port else []
         for name, versions in server.core.models.served().items():
             print(f"serving {name} version {', '.join(map(str, sorted(versions)))}")
         print(f"{'; '.join(told)}; Ctrl-C ends", flush=True)
