@@ -12,6 +12,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
+TWO = tf.constant(2.0)
+
 
 class Adder(tf.Module):
     """Two inputs of different rank, two outputs of different type."""
@@ -40,6 +42,23 @@ class Echo(tf.Module):
                                   tf.TensorSpec([None], tf.int64, name="number")])  # fmt: skip
     def __call__(self, content, number):
         return {"content_bytes": content, "content": content, "number": number}
+
+
+class Scaled(tf.Module):
+    """An input with a default."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="a")])
+    def __call__(self, a, b=TWO):
+        return {"y": a * b}
+
+
+class Narrow(tf.Module):
+    """Integers of fewer bits than a message's fields have."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int8, name="signed"),
+                                  tf.TensorSpec([None], tf.uint8, name="unsigned")])  # fmt: skip
+    def __call__(self, signed, unsigned):
+        return {"signed": signed, "unsigned": unsigned}
 
 
 class Judge(tf.Module):
@@ -82,13 +101,16 @@ def write(root: Path) -> None:
     (root / "adder" / "draft").mkdir()
     save(Affine(), root / "affine" / "1")
     save(Echo(), root / "echo" / "1")
+    save(Scaled(), root / "scaled" / "1")
+    save(Narrow(), root / "narrow" / "1")
     judge = Judge()
     save(judge, root / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress,
                                        "scores": judge.scores, "others": judge.others})  # fmt: skip
     blocks = [
         f'  config {{ name: "{name}" base_path: "{root.absolute() / name}" model_platform: "tensorflow"{policy} }}\n'
         for name, policy in (
-            ("adder", " model_version_policy { all {} }"), ("affine", ""), ("echo", ""), ("judge", ""),
+            ("adder", " model_version_policy { all {} }"), ("affine", ""), ("echo", ""), ("judge", ""), ("scaled", ""),
+            ("narrow", ""),
         )
     ]  # fmt: skip
     (root / "models.config").write_text(f"model_config_list {{\n{''.join(blocks)}}}\n")

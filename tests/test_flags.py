@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -227,6 +228,13 @@ def test_batching_in_a_server(tree, tmp_path):
             client.predict("affine", {"x": np.ones((5, 2), np.float32)})
         text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
         assert ':cornucopia:serving:batch_size_sum{model_name="affine",API="Predict"} 3' in text
+        # As TensorFlow Serving tells it: the pool of a batching session has no name.
+        queued = ":tensorflow:serving:batching_session:queuing_latency"
+        assert f"# TYPE {queued} histogram" in text
+        limits = re.findall(queued + r'_bucket{thread_pool_name="",le="(.*?)"} [01]\n', text)
+        assert (limits[:3], limits[-2:], len(limits)) == (["100", "120", "144"], ["1.09205e+06", "+Inf"], 53)
+        assert f'{queued}_count{{thread_pool_name=""}} 1\n' in text
+        assert ":tensorflow:serving:batching_session:wrapped_run_count{} 1\n" in text
     (tmp_path / "batching").write_text("allowed_batch_sizes: 4 allowed_batch_sizes: 2")
     with pytest.raises(ValueError, match="must rise"):
         serving(tree, **changes)
@@ -258,19 +266,52 @@ def test_cors(tree):
         assert "Access-Control-Allow-Origin" not in get(one.rest_address, "/v1/models/affine")[1]
 
 
-def test_rest_timeout(tmp_path):
-    class Slow(tf.Module):
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
-        def __call__(self, x):
-            return {"y": tf.while_loop(lambda i, y: i < 10_000_000, lambda i, y: (i + 1, y), [0, x])[1]}
+class Slow(tf.Module):
+    """Counts up to its first example."""
 
-    serving_models.save(Slow(), tmp_path / "slow" / "1")
-    with serving(tmp_path, rest_api_port=-1, rest_api_timeout_in_ms=200) as one:
-        request = urllib.request.Request(f"http://{one.rest_address}/v1/models/slow:predict", b'{"inputs": [1]}')
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=20)
-        assert error.value.code == 504
-        error.value.close()
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def __call__(self, x):
+        return {"y": tf.while_loop(lambda i, y: i < x[0], lambda i, y: (i + 1, y), [0.0, x])[1]}
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    root = tmp_path_factory.mktemp("slow")
+    serving_models.save(Slow(), root / "slow" / "1")
+    return root
+
+
+def posted(server, body):
+    """Status and error of a request to the slow model."""
+    request = urllib.request.Request(f"http://{server.rest_address}/v1/models/slow:predict", body)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=20)
+    with error.value as answer:
+        return answer.code, json.loads(answer.read())["error"]
+
+
+def test_rest_timeout(slow):
+    with serving(slow, rest_api_port=-1, rest_api_timeout_in_ms=200) as one:
+        assert posted(one, b'{"inputs": [3e5]}') == (504, "the answer took longer than 0.2 seconds")
+
+
+def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path):
+    (tmp_path / "batching").write_text("num_batch_threads { value: 1 }")
+    changes = {"enable_batching": True, "batching_parameters_file": str(tmp_path / "batching"), "rest_api_port": -1}
+    with serving(slow, rest_api_timeout_in_ms=200, **changes) as one, Client(one.address, retries=0) as client:
+        long = threading.Thread(target=client.predict, args=("slow", {"x": np.float32([3e5])}))
+        long.start()  # takes the only thread, for longer than REST waits
+        time.sleep(0.1)
+        overdue = "Run() timeout exceeded while waiting in batching queue"
+        assert posted(one, b'{"inputs": [1]}') == (504, overdue)
+        assert long.is_alive()
+        with pytest.raises(ServerError) as error:
+            client.predict("slow", {"x": np.float32([1])}, timeout=0.1)
+        assert error.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        long.join()
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+        assert ':request_count{model_name="slow",status="DEADLINE_EXCEEDED"}' in text
+        assert ":tensorflow:serving:batching_session:wrapped_run_count{} 1\n" in text  # what nobody awaits never ran
 
 
 def test_metrics_config(tree, tmp_path):

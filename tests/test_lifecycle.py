@@ -3,12 +3,15 @@
 import gc
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +342,62 @@ def test_sigterm_while_it_waits_ends_it(tmp_path):
     with started(tmp_path, f"--model_base_path={tmp_path / 'late'}") as process:
         time.sleep(5.0)
         process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
+def test_a_reload_is_not_awaited(base, versions, tmp_path):
+    """SIGHUP takes up a model that does not come, then its correction, then SIGTERM: none waits for it."""
+    late = tmp_path / "late"
+    late.mkdir()
+
+    def configure(*found):
+        blocks = [f'config {{ name: "{name}" base_path: "{path}" model_platform: "tensorflow" }}'
+                  for name, path in found]  # fmt: skip
+        (tmp_path / "config").write_text(f"model_config_list {{ {' '.join(blocks)} }}")
+
+    configure(("affine", base))
+    with started(tmp_path, f"--model_config_file={tmp_path / 'config'}", "--file_system_poll_wait_seconds=0.1",
+                 "--rest_api_port=-1") as process:  # fmt: skip
+        seen = ""
+        while "REST on" not in seen:
+            seen += process.stdout.readline()
+        address, rest = re.search(r"gRPC on (\S+); REST on (http://\S+);", seen).groups()
+
+        def ready():
+            try:
+                with urllib.request.urlopen(f"{rest}/readyz", timeout=10) as reply:
+                    return reply.status == 200
+            except urllib.error.HTTPError as error:
+                error.close()
+                return False
+
+        def told(text):
+            while text not in process.stderr.readline():
+                assert process.poll() is None
+
+        with Client(address, retries=0) as client:
+            assert ready()
+            configure(("affine", base), ("late", late))
+            process.send_signal(signal.SIGHUP)
+            told("flags are read again")
+            assert not ready()  # the new model is awaited by nobody, and told to be missing
+            assert answer(client) == 1
+            (tmp_path / "config").write_text("nonsense {")
+            process.send_signal(signal.SIGHUP)
+            told("the new flags are not taken: Error parsing text-format tensorflow.serving.ModelServerConfig")
+            configure(("affine", base), ("second", base))  # takes effect although the other never came
+            process.send_signal(signal.SIGHUP)
+            told("flags are read again")
+            until(ready)
+            assert float(client.predict("second", {"x": X})["y"][0, 0]) == 2
+            configure(("affine", base), ("late", late))
+            process.send_signal(signal.SIGHUP)
+            told("flags are read again")
+            publish(versions, late, 3)  # and where it comes after all it answers
+            until(ready)
+            assert float(client.predict("late", {"x": X})["y"][0, 0]) == 4
+            process.send_signal(signal.SIGTERM)
+        process.wait(20)
     assert process.returncode == 0
 
 

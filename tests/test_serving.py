@@ -151,6 +151,35 @@ def test_predict_repeats_the_last_of_too_few_values_and_filters(prediction):
     assert set(reply.outputs) == {"sum"}
 
 
+def test_an_input_with_a_default(prediction, rest):
+    assert list(prediction.Predict(message("scaled", a=np.float32([3]))).outputs["y"].float_val) == [6]
+    sent = message("scaled", a=np.float32([3]), b=np.float32(5))
+    assert list(prediction.Predict(sent).outputs["y"].float_val) == [15]
+    # REST knows no defaults.
+    assert json.loads(rest("POST", "/v1/models/scaled:predict", {"inputs": {"a": [3], "b": 5}})[2]) == {"outputs": [15]}
+    status, _, body = rest("POST", "/v1/models/scaled:predict", {"inputs": {"a": [3]}})
+    assert (status, json.loads(body)) == (400, {"error": "Missing named input: b in 'inputs' object."})
+    status, _, body = rest("POST", "/v1/models/scaled:predict", {"instances": [{"a": 3}]})
+    assert status == 400
+    assert "keys must be equal to: a,b" in json.loads(body)["error"]
+
+
+def test_narrow_integers_keep_their_lowest_bits(prediction, rest):
+    sent = message("narrow", signed=np.zeros(3, np.int8), unsigned=np.zeros(3, np.uint8))
+    for proto in sent.inputs.values():
+        proto.tensor_content = b""
+        proto.int_val[:] = [300, -1, 70_000]
+    reply = prediction.Predict(sent)
+    assert list(reply.outputs["signed"].int_val) == [44, -1, 112]
+    assert list(reply.outputs["unsigned"].int_val) == [44, 255, 112]
+    inputs = {name: [300, -1, 70_000] for name in ("signed", "unsigned")}
+    answer = json.loads(rest("POST", "/v1/models/narrow:predict", {"inputs": inputs})[2])
+    assert answer == {"outputs": {"signed": [44, -1, 112], "unsigned": [44, 255, 112]}}
+    status, _, body = rest("POST", "/v1/models/narrow:predict", {"inputs": {"signed": [2**31], "unsigned": [0]}})
+    assert status == 400
+    assert "JSON Value: 2147483648 Type: Number is not of expected type: int8" in json.loads(body)["error"]
+
+
 def test_predict_does_not_check_shapes_against_the_signature(prediction):
     reply = prediction.Predict(message(a=np.ones([2, 2], np.float32)))
     assert tf.make_ndarray(reply.outputs["sum"]).tolist() == [[1.5, 1.5], [1.5, 1.5]]

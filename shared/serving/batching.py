@@ -6,7 +6,7 @@ a wait a lone request runs at once, in its own thread, and a batch is what came 
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -17,6 +17,7 @@ from shared.serving.refusal import RefusedError, invalid
 from shared.serving.servable import Servable
 
 MOST = 1000  # examples in a batch where nothing is said, as in TensorFlow Serving
+OVERDUE = "Run() timeout exceeded while waiting in batching queue"
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class _Queue:
 class Batching:
     """Runs requests of one version together; one queue for each set of tensors, shapes and types."""
 
-    def __init__(self, rules: Rules):
-        self._rules = rules
+    def __init__(self, rules: Rules, ran: Callable[[list[float]], None] = lambda waits: None):
+        """`ran` is told of every batch: the seconds that each of its requests waited."""
+        self._rules, self._ran = rules, ran
         self._queues: dict[tuple, _Queue] = {}
         self._lock = threading.Lock()
 
@@ -129,7 +131,7 @@ class Batching:
                     if task in queue.tasks and not task.leads:
                         queue.tasks.remove(task)
                         queue.rows -= rows
-                        raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline exceeded in the batch queue")
+                        raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, OVERDUE)
                 task.said.acquire()
         if task.leads:
             while task.leads:
@@ -185,8 +187,10 @@ class Batching:
         for done in taken:
             done.said.release()
 
-    def _run(self, servable: Servable, tasks: list[_Task], rows: int, feeds: tuple, fetches: tuple) -> None:
+    def _run(self, servable: Servable, tasks: list[_Task], rows: int, feeds: tuple, fetches: tuple, *,
+             again: bool = False) -> None:  # fmt: skip
         begun = time.perf_counter()
+        self._ran([] if again else [begun - task.at for task in tasks])
         try:
             joined = self._joined(tasks, rows)
             outputs = _cut(servable.run(feeds, fetches, joined), tasks, len(joined[0]))
@@ -205,7 +209,7 @@ class Batching:
             return
         if not alone:  # one of them may be bad: it shall fail alone
             for task in tasks:
-                self._run(servable, [task], task.rows, feeds, fetches)
+                self._run(servable, [task], task.rows, feeds, fetches, again=True)
 
     def _joined(self, tasks: list[_Task], rows: int) -> list[np.ndarray]:
         size = next((size for size in self._rules.sizes if size >= rows), rows)

@@ -46,7 +46,8 @@ def _call(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _body(key: str, definition: SignatureDef) -> dict[str, Any]:
     inputs = {alias: _tensor(info) for alias, info in sorted(definition.inputs.items())}
-    columns = {"type": "object", "properties": inputs, "required": sorted(set(inputs) - set(definition.defaults))}
+    # Over REST an input with a default must be given too.
+    columns = {"type": "object", "properties": inputs, "required": sorted(inputs)}
     if len(inputs) == 1:
         columns = {"anyOf": [columns, *inputs.values()]}
     name = {"signature_name": {"const": key, "default": key} if key != DEFAULT else {"type": "string", "default": key}}

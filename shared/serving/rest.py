@@ -29,6 +29,7 @@ ASKED = re.compile(r"(?i:/v1/models/([^/:]+)(?:(?:/versions/(\d+))|(?:/labels/([
 TOLD = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?")
 CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, GET",
         "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
+SLACK = 0.05  # seconds beyond a request's time, in which what it waits for says itself that the time is over
 NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
 
 
@@ -126,7 +127,7 @@ class Rest:
             sent = await self._body(request)
             until = time.monotonic() + self._seconds
             work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages, until)
-            code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds)
+            code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds + SLACK)
         except RefusedError as error:
             status, code = error.code.name, rest_json.HTTP_STATUS.get(error.code, 500)
             body = rest_json.write_error(str(error))

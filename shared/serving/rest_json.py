@@ -1,15 +1,13 @@
 """The bodies of TensorFlow Serving's REST interface, from and to NumPy arrays and messages.
 
-The error texts, the layout of the answers and the way numbers are written are upstream's (`util/json_tensor.cc`, and
-RapidJSON below it), so that clients that compare texts find the same ones. Python's own JSON scanner reads what is
-well formed; `_walk` reads again what that one gives up, to any depth, and knows upstream's errors.
+The error texts, the layout of the answers and the way numbers are written are upstream's (`util/json_tensor.cc`), so
+that clients that compare texts find the same ones.
 """
 
 import binascii
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +15,7 @@ import grpc
 import numpy as np
 from google.protobuf import json_format
 
+from shared.serving import rapidjson
 from shared.serving.protocol import (
     ClassificationResponse,
     Example,
@@ -48,14 +47,6 @@ _KINDS = {type(None): "Null", str: "String", list: "Array", dict: "Object", tupl
           float: "Number"}  # fmt: skip
 _DEEPEST = 64  # dimensions of a NumPy array
 _INDENT = "    "
-_SPACE = re.compile(r"[ \t\r\n]*")
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)((?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)")
-_CONSTANT = re.compile(r"(-?)(NaN|Inf(?:inity)?)")
-_STRING = re.compile(
-    r'"(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
-    r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"
-)
-_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)", re.DOTALL)
 
 
 def read_predict(body: bytes, signature_of: Callable[[str], SignatureDef]) -> tuple[str, dict[str, np.ndarray], bool]:
@@ -63,8 +54,8 @@ def read_predict(body: bytes, signature_of: Callable[[str], SignatureDef]) -> tu
 
     Every input must be there, also one with a default: upstream's REST interface knows no defaults.
     """
-    text = _decoded(body)
-    document = _parsed(text)
+    text = rapidjson.text_of(body)
+    document = _document(text)
     name = _signature_name(document)
     try:
         signature = signature_of(name)
@@ -74,7 +65,7 @@ def read_predict(body: bytes, signature_of: Callable[[str], SignatureDef]) -> tu
     numbers = {alias: info.dtype for alias, info in sorted(signature.inputs.items())}
     if not numbers:
         raise invalid(f"Failed to get input map for signature: {name or 'DEFAULT'}")
-    members = _first(document)
+    members = rapidjson.first(document)
     row = "instances" in members
     if row and "inputs" in members:
         raise _format(document, "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist ")
@@ -86,15 +77,15 @@ def read_predict(body: bytes, signature_of: Callable[[str], SignatureDef]) -> tu
         raise _format(document, "No values in 'instances' array")
     arrays = _from_rows(members["instances"], numbers) if row else _from_columns(members["inputs"], numbers)
     if any(array.dtype.kind == "f" and np.isinf(array).any() for array in arrays.values()):
-        _walk(text)  # Python reads 1e400 as infinity, upstream refuses it
+        rapidjson.walk(text)  # Python reads 1e400 as infinity, upstream refuses it
     return name, arrays, row
 
 
 def read_examples(body: bytes) -> tuple[str, Input]:
     """The signature's name as sent, and the examples, with their context where the body has one."""
-    document = _parsed(_decoded(body))
+    document = _document(rapidjson.text_of(body))
     name = _signature_name(document)
-    members = _first(document)
+    members = rapidjson.first(document)
     result = Input()
     examples = result.example_list.examples
     if "context" in members:
@@ -177,137 +168,15 @@ def write_error(message: str) -> bytes:
     return _object("error", _quoted(message))
 
 
-def _decoded(body: bytes) -> str:
-    if not body:
-        raise invalid("JSON Parse error: The document is empty")
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        # What stands behind the document is nobody's business, so only a document that reaches so far is refused.
-        text = body[: error.start].decode()
-        try:
-            _walk(text.removeprefix("\ufeff"))
-        except RefusedError:
-            raise invalid(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from None
-    return text.removeprefix("\ufeff")
-
-
-def _parsed(text: str) -> dict | tuple:
-    """The object at the start of a text; an object is a dict, or a tuple of pairs where it repeats a key."""
-    try:
-        document, _ = _DECODER.raw_decode(text, _SPACE.match(text).end())
-        if ("\\ud" in text or "\\uD" in text) and any(_ESCAPE.findall(text)):
-            document = _walk(text)
-    except (ValueError, RecursionError):  # not JSON, or a number of too many digits; or too deep
-        document = _walk(text)
-    if type(document) not in (dict, tuple):
+def _document(text: str) -> dict | tuple:
+    document = rapidjson.parse(text)
+    if not _is_object(document):
         raise _format(document, "Is not object")
     return document
 
 
-def _keyed(pairs: list[tuple[str, Any]]) -> dict | tuple:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else tuple(pairs)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_keyed)
-
-
-def _pairs(value: dict | tuple) -> tuple[tuple[str, Any], ...]:
-    return value if type(value) is tuple else tuple(value.items())
-
-
-def _first(value: dict | tuple) -> dict:
-    """Of members with the same key the first."""
-    return dict(reversed(value)) if type(value) is tuple else value
-
-
-def _walk(text: str) -> Any:
-    """The value at the start of a text, without recursion; RefusedError with RapidJSON's reason and offset."""
-    position = _SPACE.match(text).end()
-    if text[position : position + 1] in ("", "\0", "]", "}", ",", ":"):
-        raise _broken(text, "The document is empty.", position)
-    stack: list[tuple[str, list]] = []  # what closes a container, and its elements, or keys and values in turn
-    awaited = "value"
-    while True:
-        sign = text[position : position + 1]
-        if stack and sign == stack[-1][0] and awaited in ("first", "next"):
-            _, value = stack.pop()
-            value = value if sign == "]" else _keyed(list(zip(value[::2], value[1::2], strict=True)))
-            position += 1
-        elif awaited == "next":
-            if sign != ",":
-                closing, owner = ("}", "object member") if stack[-1][0] == "}" else ("]", "array element")
-                raise _broken(text, f"Missing a comma or '{closing}' after an {owner}.", position)
-            awaited = "name" if stack[-1][0] == "}" else "value"
-            position = _SPACE.match(text, position + 1).end()
-            continue
-        elif awaited == "name" or (awaited == "first" and stack[-1][0] == "}"):
-            if sign != '"':
-                raise _broken(text, "Missing a name for object member.", position)
-            name, position = _scalar(text, position)
-            position = _SPACE.match(text, position).end()
-            if text[position : position + 1] != ":":
-                raise _broken(text, "Missing a colon after a name of object member.", position)
-            stack[-1][1].append(name)
-            awaited = "value"
-            position = _SPACE.match(text, position + 1).end()
-            continue
-        elif sign in ("[", "{"):
-            stack.append(("]" if sign == "[" else "}", []))
-            awaited = "first"
-            position = _SPACE.match(text, position + 1).end()
-            continue
-        else:
-            value, position = _scalar(text, position)
-        if not stack:
-            return value
-        stack[-1][1].append(value)
-        awaited = "next"
-        position = _SPACE.match(text, position).end()
-
-
-def _scalar(text: str, start: int) -> tuple[Any, int]:
-    if text.startswith('"', start):
-        end = _STRING.match(text, start).end()
-        if text.startswith('"', end):
-            return json.decoder.scanstring(text, start + 1)
-        if text[end : end + 1] in ("", "\0"):
-            raise _broken(text, "Missing a closing quotation mark in string.", end)
-        if re.compile(r"\\u[0-9a-fA-F]{4}").match(text, end):
-            raise _broken(text, "The surrogate pair in string is invalid.", end)
-        if text.startswith("\\u", end):
-            raise _broken(text, "Incorrect hex digit after \\u escape in string.", end)
-        raise _broken(text, "Invalid escape character in string.", end)
-    for word, value in (("null", None), ("true", True), ("false", False)):
-        if text.startswith(word[0], start):
-            read = next((index for index in range(len(word)) if text[start + index :][:1] != word[index]), len(word))
-            if read < len(word):
-                raise _broken(text, "Invalid value.", start + read)
-            return value, start + read
-    if found := _CONSTANT.match(text, start):
-        return (math.nan if found[2] == "NaN" else float(found[1] + "inf")), found.end()
-    found = _NUMBER.match(text, start)
-    if not found:
-        raise _broken(text, "Invalid value.", start + text.startswith("-", start))
-    end = found.end()
-    if text.startswith(".", end) and not found[1]:
-        raise _broken(text, "Miss fraction part in number.", end + 1)
-    if text[end : end + 1] in ("e", "E") and not re.search("[eE]", found[1]):
-        raise _broken(text, "Miss exponent in number.", end + 1 + (text[end + 1 : end + 2] in ("+", "-")))
-    # 20 characters hold every 64-bit integer; longer ones are doubles, and Python would refuse the longest.
-    number = int(found[0]) if not found[1] and len(found[0]) <= 20 else float(found[0])
-    if math.isinf(number):
-        raise _broken(text, "Number too big to be stored in double.", start)
-    return number, end
-
-
-def _broken(text: str, reason: str, position: int) -> RefusedError:
-    return invalid(f"JSON Parse error: {reason} at offset: {len(text[:position].encode())}")
-
-
 def _signature_name(document: dict | tuple) -> str:
-    name = _first(document).get("signature_name", "")
+    name = rapidjson.first(document).get("signature_name", "")
     if type(name) is not str:
         raise _format(document, "not formatted correctly. 'signature_name' key must be a string value.")
     return name
@@ -321,10 +190,10 @@ def _from_rows(rows: list, numbers: dict[str, int]) -> dict[str, np.ndarray]:
         )
     if not _named(rows[0]):
         columns = {next(iter(numbers)): rows}
-    elif all(_named(row) and _first(row).keys() == numbers.keys() for row in rows):
+    elif all(_named(row) and rapidjson.first(row).keys() == numbers.keys() for row in rows):
         columns = {name: [] for name in numbers}
         for row in rows:
-            for name, value in _pairs(row):
+            for name, value in rapidjson.pairs(row):
                 columns[name].append(value)
     else:
         _refuse_rows(rows, numbers)
@@ -351,7 +220,7 @@ def _from_columns(value: Any, numbers: dict[str, int]) -> dict[str, np.ndarray]:
                 "input tensors required as per tensorinfo_map"
             )
         value = dict.fromkeys(numbers, value)
-    members, arrays = _first(value), {}
+    members, arrays = rapidjson.first(value), {}
     for name, number in numbers.items():
         if name not in members:
             raise invalid(f"Missing named input: {name} in 'inputs' object.")
@@ -384,11 +253,17 @@ def _tensor(value: Any, number: int) -> np.ndarray | None:
         elif dtype.kind == "f":
             with np.errstate(over="ignore", under="ignore"):
                 array = np.array(level, np.float64).astype(dtype)
+        elif dtype.kind in "iu":  # upstream reads the narrow ones as int32, of which their lowest bits stay
+            array = np.array(level, _read_as(dtype)).astype(dtype)
         else:
             array = np.array(level, dtype)
     except (OverflowError, ValueError, RefusedError):
         return None
     return array.reshape(shape)
+
+
+def _read_as(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.int32) if dtype.itemsize < 4 else dtype
 
 
 def _unescaped(value: Any) -> bytes:
@@ -411,7 +286,7 @@ def _refuse_rows(rows: list, numbers: dict[str, int]) -> NoReturn:
         if named != _named(row):
             expected, came = ("object", "list") if named else ("value/list", "object")
             raise invalid(f"Expecting {expected} but got {came} at item {index} of input list")
-        pairs = _pairs(row) if named else [(next(iter(numbers)), row)]
+        pairs = rapidjson.pairs(row) if named else [(next(iter(numbers)), row)]
         for name, value in pairs:
             try:
                 if name not in numbers:
@@ -472,7 +347,7 @@ def _check_element(value: Any, number: int) -> None:
     elif fits and dtype_of(number).kind == "f":
         _double(value)
     elif fits and type(value) is int:
-        limits = np.iinfo(dtype_of(number))
+        limits = np.iinfo(_read_as(dtype_of(number)))
         fits = limits.min <= value <= limits.max
     if not fits:
         raise _format(value, f"Type: {_kind(value)} is not of expected type: {type_name(number)}")
@@ -520,7 +395,7 @@ def _tokens(value: Any, *, before: str, level: int) -> Iterator[str]:
         yield "]"
     elif _is_object(value):
         yield before + "{"
-        for index, (name, item) in enumerate(_pairs(value)):
+        for index, (name, item) in enumerate(rapidjson.pairs(value)):
             yield ("," if index else "") + "\n" + _INDENT * (level + 1) + _quoted(name)
             yield from _tokens(item, before=": ", level=level + 1)
         yield ("\n" + _INDENT * level if value else "") + "}"
@@ -532,7 +407,7 @@ def _example(value: Any) -> Example:
     if not _is_object(value):
         raise invalid(f"Example must be JSON object but got JSON {_kind(value)}")
     example = Example()
-    for name, content in _pairs(value):
+    for name, content in rapidjson.pairs(value):
         feature = example.features.feature[name]
         feature.Clear()  # of a repeated key the last holds
         kind, values = None, []

@@ -1,5 +1,6 @@
 """A server for SavedModels that speaks TensorFlow Serving's protocols: gRPC and REST, one process, no Docker."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -47,9 +49,12 @@ class Server:
                                      threads=processors()) if flags.enable_batching else None  # fmt: skip
         self._metrics, self._rest, self._grpc = Metrics(), None, None
         self._config_text = None
+        path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
+        self._credentials = tls.server_credentials(_read(path, protocol.SSLConfig), path) if path else None
+        self._context = tls.server_context(_read(rest_path, protocol.SSLConfig), rest_path) if rest_path else None
         sys.setswitchinterval(SWITCH_SECONDS)
         self._stopped, self.core = False, None
-        try:
+        with _starting():
             self._models = Models(
                 self._config(flags),
                 self._load,
@@ -59,13 +64,12 @@ class Server:
                 threads=flags.num_load_threads,
                 labels_before_versions=flags.allow_version_labels_for_unavailable_models,
             )
-        except RefusedError as error:
-            raise ValueError(f"Failed to start server. Error: {error}") from error
         self._stopping = threading.Event()
         try:
             if flags.file_system_poll_wait_seconds < 0:
                 self._models.refresh()
-            self._wait()
+            with _starting():
+                self._models.wait()
             self.core = Core(
                 models=self._models,
                 inference=Inference(self._models, check_methods=flags.enable_signature_method_name_check),
@@ -82,23 +86,14 @@ class Server:
         self._watcher = threading.Thread(target=self._watch, name="config", daemon=True)
         self._watcher.start()
 
-    def _wait(self) -> None:
-        try:
-            self._models.wait()
-        except RefusedError as error:
-            raise ValueError(f"Failed to start server. Error: {error}") from error
-
     def _open(self) -> None:
         flags, core = self.flags, self.core
         options = {key: int(value) if value.lstrip("-").isdecimal() else value for key, _, value in
                    (pair.partition("=") for pair in flags.grpc_channel_arguments.split(",") if pair)}  # fmt: skip
         threads = flags.grpc_max_threads or (64 if flags.enable_batching else 4 * processors())
         self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1)
-        path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
-        credentials = tls.server_credentials(_read(path, protocol.SSLConfig), path) if path else None
-        context = tls.server_context(_read(rest_path, protocol.SSLConfig), rest_path) if rest_path else None
         if flags.port:
-            self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", credentials)
+            self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", self._credentials)
             self.address = f"{flags.host}:{self.port}"
         if flags.grpc_socket_path:
             self._grpc.bind(f"unix:{flags.grpc_socket_path}")
@@ -115,7 +110,7 @@ class Server:
                 largest=flags.max_request_bytes,
                 metrics_path=(monitoring.path or METRICS) if wanted else "",
                 patience=flags.client_header_timeout_seconds,
-                context=context,
+                context=self._context,
             )
             self.rest_address = f"{flags.host}:{self._rest.port}"
         self._grpc.start()
@@ -152,7 +147,7 @@ class Server:
         if flags.enable_batching and flags.enable_per_model_batching_parameters and own.exists():
             rules = batching.rules(_read(str(own), protocol.BatchingParameters), threads=processors())
         if rules is not None:
-            servable.batching = batching.Batching(rules)
+            servable.batching = batching.Batching(rules, self._metrics.batch)
         if flags.enable_model_warmup:
             begun = time.perf_counter()
             if self._warm_up(servable):
@@ -250,6 +245,14 @@ class Server:
         self.flags = dataclasses.replace(self.flags, **taken)
         if flags.model_config_file or changed & {"model_base_path", "model_name", "models"}:
             self.reconfigure(self._config(self.flags))
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except RefusedError as error:
+        raise ValueError(f"Failed to start server. Error: {error}") from error
 
 
 def tree(folder: Path) -> dict[str, Path]:

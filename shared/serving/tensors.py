@@ -126,6 +126,8 @@ def from_proto(proto: TensorProto) -> np.ndarray:
         values = np.array(field, np.uint16).view(dtype)
     elif dtype.kind == "c":
         values = np.array(field, np.float32 if dtype.itemsize == 8 else np.float64).view(dtype)
+    elif dtype.kind in "iu" and dtype.itemsize < 4:  # as in TensorFlow, of an int32 the lowest bits stay
+        values = np.array(field, np.int32).astype(dtype)
     else:
         values = np.array(field, dtype)
     if len(values) == count:

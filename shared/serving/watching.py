@@ -6,11 +6,12 @@ are.
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from shared.serving.inference import Stages
 
 MICROSECONDS = [10 * 1.8**power for power in range(33)]  # TensorFlow Serving's buckets
+WAITS = [100 * 1.2**power for power in range(52)]
 SIZES = [2.0**power for power in range(17)]
 PREFIX = ":tensorflow:serving:"
 OWN = ":cornucopia:serving:"
@@ -50,6 +51,7 @@ class Metrics:
     def __init__(self):
         self._lines: dict[tuple[str, str, str], _Line] = {}
         self._warm_ups: dict[str, Histogram] = {}
+        self._batches, self._waits = 0, Histogram(WAITS)
         self._lock = threading.Lock()
 
     def request(self, model: str, entrypoint: str, status: str, seconds: float, stages: Stages) -> None:
@@ -75,6 +77,13 @@ class Metrics:
         with self._lock:
             self._warm_ups.setdefault(model, Histogram(MICROSECONDS)).add(seconds * 1e6)
 
+    def batch(self, waits: Sequence[float]) -> None:
+        """Count a batch that runs, and the seconds that each of its requests waited for that."""
+        with self._lock:
+            self._batches += 1
+            for seconds in waits:
+                self._waits.add(seconds * 1e6)
+
     def value(self, path: str) -> int:
         """A counter by TensorFlow's path of it, e.g. `/tensorflow/serving/request_count`; 0 where there is none."""
         lines = list(self._lines.values())
@@ -82,6 +91,8 @@ class Metrics:
             return sum(sum(line.statuses.values()) for line in lines)
         if path == "/tensorflow/serving/request_example_count_total":
             return int(sum(line.examples.sum for line in lines))
+        if path == "/tensorflow/serving/batching_session/wrapped_run_count":
+            return self._batches
         return 0
 
     def text(self, gauges: dict[str, float]) -> str:
@@ -115,6 +126,11 @@ class Metrics:
         out += [f"{PREFIX}request_example_count_total{_labels(**labels)} {int(one.sum)}" for labels, one in counts]
         warmed = [({"model_path": name, "status": "OK"}, one) for name, one in sorted(self._warm_ups.items())]
         histograms(f"{PREFIX}model_warmup_latency", warmed)
+        # A batching session's thread pool has no name in TensorFlow Serving either.
+        waits = [({"thread_pool_name": ""}, self._waits)] if self._batches else []
+        histograms(f"{PREFIX}batching_session:queuing_latency", waits)
+        out.append(f"# TYPE {PREFIX}batching_session:wrapped_run_count counter")
+        out += [f"{PREFIX}batching_session:wrapped_run_count{{}} {self._batches}"] if self._batches else []
         histograms(f"{OWN}batch_size", _merged(of("batch")))
         histograms(f"{OWN}stage_latency", _merged(
             ({"model_name": model, "API": api, "stage": stage}, histogram)
@@ -138,7 +154,7 @@ def _buckets(name: str, labels: dict[str, str], histogram: Histogram) -> Iterato
     counts, total = list(histogram.counts), 0
     for bound, count in zip([*histogram.bounds, float("inf")], counts, strict=True):
         total += count
-        limit = "+Inf" if bound == float("inf") else f"{bound:.10g}"
+        limit = "+Inf" if bound == float("inf") else f"{bound:g}"
         yield f"{name}_bucket{_labels(**labels, le=limit)} {total}"
     yield f"{name}_sum{_labels(**labels)} {histogram.sum:.10g}"
     yield f"{name}_count{_labels(**labels)} {total}"
