@@ -1,6 +1,7 @@
 """A process that trains a small network as `training.fit` does, for tests/test_workers.py:
 
-python tests/one_worker.py FOLDER KIND [STRATEGY]; KIND is plain, normalised or custom. Writes FOLDER/result-INDEX.json.
+python tests/one_worker.py FOLDER KIND [STRATEGY]; KIND is plain, normalised, custom, or limited: then the time of the
+second worker alone is up at once. Writes FOLDER/result-INDEX.json.
 """
 
 import json
@@ -26,7 +27,10 @@ def main(folder: Path, kind: str, strategy: str) -> None:
     from shared import data, run, training
 
     name = "run"
-    config = run.Config(batch=8, epochs=5, strategy=strategy, name=name, runs=str(folder), saved_models=str(folder))
+    hours = {"max_hours": 1e-9 if training.workers.index() else 1.0} if kind == "limited" else {}
+    config = run.Config(
+        batch=8, epochs=5, strategy=strategy, name=name, runs=str(folder), saved_models=str(folder), **hours
+    )
     config = training.begin("vision.classify", config)
     random = np.random.default_rng(1)
     inputs = random.normal(size=(83, 4)).astype(np.float32)
@@ -38,8 +42,8 @@ def main(folder: Path, kind: str, strategy: str) -> None:
 
     whole = data.in_order(inputs, targets, batch=41)  # of 83, the last batch has one
     splits = data.Splits(
-        stream=data.stream(83, batch=8, seed=1, read=read), steps=10, train=whole, validation=whole, test=whole,
-        preprocess=lambda x: x, names=("no", "yes"), request={"x": inputs[:2]}, about={},
+        stream=data.stream(83, batch=8, seed=1, read=read), steps=250 if kind == "limited" else 10, train=whole,
+        validation=whole, test=whole, preprocess=lambda x: x, names=("no", "yes"), request={"x": inputs[:2]}, about={},
     )  # fmt: skip
 
     class Custom(keras.Model):
@@ -78,6 +82,7 @@ def main(folder: Path, kind: str, strategy: str) -> None:
         "evaluated": {key: float(value) for key, value in evaluated.items()},
         "predicted": predicted.tolist(),
         "weights": [weight.tolist() for weight in model.get_weights()],
+        "steps": int(model.optimizer.iterations),
     }
     (folder / f"result-{training.workers.index()}.json").write_text(json.dumps(result))
     training.workers.meet(training.strategy(config.strategy))

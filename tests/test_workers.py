@@ -57,6 +57,31 @@ def test_one_device_two_devices_two_workers_learn_alike(tmp_path, kind, within):
     assert not list((tmp_path / "workers" / "run").glob("draft-*"))
 
 
+def test_all_stop_at_one_step_when_the_time_of_one_is_up(tmp_path):
+    first, second = together(tmp_path / "workers", "limited")
+    assert first["steps"] == second["steps"] == 100  # of 5 epochs of 250
+    assert len(first["history"]["val_loss"]) == len(second["history"]["val_loss"]) == 1
+    assert first["weights"] == second["weights"]
+    (kept,) = (tmp_path / "workers" / "run").glob("checkpoint-*")
+    assert json.loads((kept / "state.json").read_text())["steps_done"] == 100
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(250, [100, 200, 250]), (10, [10]), (100, [100])])
+def test_workers_ask_each_other_for_the_time_at_the_same_steps(monkeypatch, tmp_path, steps, expected):
+    from types import SimpleNamespace
+
+    from shared import run
+    from shared.training import fitting
+
+    asked = []
+    monkeypatch.setattr(workers, "many", lambda strategy: True)
+    monkeypatch.setattr(workers, "any_of", lambda strategy, flag: asked.append(flag))
+    keeper = fitting._Keeper(run.Config(max_hours=1.0, runs=str(tmp_path)), SimpleNamespace(steps=steps))
+    at = [done for done in range(1, steps + 1) if keeper._too_long(done) is None]
+    assert at == expected
+    assert asked == [False] * len(expected)
+
+
 def test_keras_still_needs_the_mend(tmp_path):
     """When this fails, Keras has learned to fit over many workers: take the mend out of shared/training/workers.py."""
     said = together(tmp_path / "workers", "plain", strategy="unmended")

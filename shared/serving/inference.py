@@ -102,36 +102,37 @@ class Inference:
         self, servable: Servable, request: ClassificationRequest, stages: Stages, until: float | None = None
     ) -> ClassificationResponse:
         """Classes and scores of Examples."""
-        spec = request.model_spec
-        definition = _definition(servable, spec, "No signature was found with the name: ")
-        if self._check_methods and definition.method_name != CLASSIFY:
-            raise invalid(f"Expected classification signature method_name to be {CLASSIFY}. "
-                          f"Was: {definition.method_name}")  # fmt: skip
-        feed, fetches = _to_classify(definition)
-        examples = _examples(request.input)
-        stages.examples = len(examples)
-        outputs = self._run(servable, (feed,), tuple(fetches.values()), [examples], stages, until)
+        feed, fetches = _to_classify(self._definition(servable, request.model_spec, CLASSIFY))
+        outputs, count = self._of_examples(servable, request.input, (feed,), tuple(fetches.values()), stages, until)
         reply = ClassificationResponse()
-        reply.result.CopyFrom(_classified(dict(zip(fetches, outputs, strict=True)), len(examples)))
-        _answered_by(reply.model_spec, servable, spec)
+        reply.result.CopyFrom(_classified(dict(zip(fetches, outputs, strict=True)), count))
+        _answered_by(reply.model_spec, servable, request.model_spec)
         return reply
 
     def regress(
         self, servable: Servable, request: RegressionRequest, stages: Stages, until: float | None = None
     ) -> RegressionResponse:
         """A number for each Example."""
-        spec = request.model_spec
-        definition = _definition(servable, spec, "No signature was found with the name: ")
-        if self._check_methods and definition.method_name != REGRESS:
-            raise invalid(f"Expected regression signature method_name to be {REGRESS}. Was: {definition.method_name}")
-        feed, fetch = _to_regress(definition)
-        examples = _examples(request.input)
-        stages.examples = len(examples)
-        (output,) = self._run(servable, (feed,), (fetch,), [examples], stages, until)
+        feed, fetch = _to_regress(self._definition(servable, request.model_spec, REGRESS))
+        (output,), count = self._of_examples(servable, request.input, (feed,), (fetch,), stages, until)
         reply = RegressionResponse()
-        reply.result.CopyFrom(_regressed(output, len(examples)))
-        _answered_by(reply.model_spec, servable, spec)
+        reply.result.CopyFrom(_regressed(output, count))
+        _answered_by(reply.model_spec, servable, request.model_spec)
         return reply
+
+    def _definition(self, servable: Servable, spec: ModelSpec, method: str) -> SignatureDef:
+        """The signature that is asked for, by a call that is for those with such a method name."""
+        definition = _definition(servable, spec, "No signature was found with the name: ")
+        if self._check_methods and definition.method_name != method:
+            kind = "classification" if method == CLASSIFY else "regression"
+            raise invalid(f"Expected {kind} signature method_name to be {method}. Was: {definition.method_name}")
+        return definition
+
+    def _of_examples(self, servable, given: Input, feeds, fetches, stages, until) -> tuple[list[np.ndarray], int]:
+        """Run what takes Examples, each feed the same: the outputs, and how many Examples there are."""
+        examples = _examples(given)
+        stages.examples = len(examples)
+        return self._run(servable, feeds, fetches, [examples] * len(feeds), stages, until), len(examples)
 
     def infer(
         self, servable: Servable, request: MultiInferenceRequest, stages: Stages, until: float | None = None
@@ -156,20 +157,18 @@ class Inference:
             else:
                 text = f"Unsupported signature method_name: {task.method_name}"
                 raise RefusedError(grpc.StatusCode.UNIMPLEMENTED, text)
-        examples = _examples(request.input)
-        stages.examples = len(examples)
         feeds = tuple(sorted({feed for _, feed, _ in plans}))
         fetches = tuple(sorted({name for _, _, names in plans for name in names.values()}))
-        outputs = self._run(servable, feeds, fetches, [examples] * len(feeds), stages, until)
+        outputs, count = self._of_examples(servable, request.input, feeds, fetches, stages, until)
         found = dict(zip(fetches, outputs, strict=True))
         reply = MultiInferenceResponse()
         for task, _, names in plans:
             result = reply.results.add()
             mine = {alias: found[name] for alias, name in names.items()}
             if task.method_name == CLASSIFY:
-                result.classification_result.CopyFrom(_classified(mine, len(examples)))
+                result.classification_result.CopyFrom(_classified(mine, count))
             else:
-                result.regression_result.CopyFrom(_regressed(mine["outputs"], len(examples)))
+                result.regression_result.CopyFrom(_regressed(mine["outputs"], count))
             _answered_by(result.model_spec, servable, task.model_spec)
         return reply
 

@@ -249,8 +249,8 @@ class _Keeper(keras.callbacks.Callback):
         limit, devices = _most_seconds(self.config), strategy(self.config.strategy)
         if limit == math.inf or not workers.many(devices):
             return self._spent() > limit
-        # All must stop at one step, and their clocks differ.
-        return done % 100 == 0 and workers.any_of(devices, self._spent() > limit)
+        # All must stop at one step, and their clocks differ. An epoch may have fewer than a hundred.
+        return (done % 100 == 0 or done == self.splits.steps) and workers.any_of(devices, self._spent() > limit)
 
     def _due(self, done: int) -> bool:
         every = self.config.checkpoint_every
