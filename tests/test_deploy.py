@@ -33,6 +33,7 @@ def test_manifests_fit_their_schemas(version):
 def test_compose_starts_a_server_with_flags_that_it_knows():
     service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["serving"]
     assert service["entrypoint"] == ["tensorflow_model_server"]
+    assert service["init"]  # else it would not hear SIGTERM
     known = set(flags.Flags.__dataclass_fields__)
     assert {word.removeprefix("--").partition("=")[0] for word in service["command"]} <= known
 
