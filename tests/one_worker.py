@@ -82,7 +82,7 @@ def main(folder: Path, kind: str, strategy: str) -> None:
         "evaluated": {key: float(value) for key, value in evaluated.items()},
         "predicted": predicted.tolist(),
         "weights": [weight.tolist() for weight in model.get_weights()],
-        "steps": int(model.optimizer.iterations),
+        "steps": int(keras.ops.convert_to_numpy(model.optimizer.iterations)),
     }
     (folder / f"result-{training.workers.index()}.json").write_text(json.dumps(result))
     training.workers.meet(training.strategy(config.strategy))

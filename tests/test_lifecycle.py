@@ -116,6 +116,44 @@ def test_bad_versions_displace_nothing(base, versions, caplog):
             answer(client, version=3)
 
 
+@pytest.mark.parametrize(("threads", "most"), [(0, 1), (3, 3)])
+def test_so_many_versions_are_loaded_at_a_time(base, versions, monkeypatch, threads, most):
+    for name in ("second", "third"):
+        publish(versions, base.parent / name, 1)
+    load, lock, state = Server._load, threading.Lock(), {"now": 0, "most": 0}
+
+    def watched(*arguments):
+        with lock:
+            state["now"] += 1
+            state["most"] = max(state["most"], state["now"])
+        time.sleep(0.2)
+        try:
+            return load(*arguments)
+        finally:
+            with lock:
+                state["now"] -= 1
+
+    monkeypatch.setattr(Server, "_load", watched)
+    with Server(Flags(models=str(base.parent), num_load_threads=threads, **FAST)) as server:
+        assert len(server.core.models.served()) == 3
+    assert state["most"] == most
+
+
+def test_a_load_that_fails_holds_up_no_other(base, versions, caplog):
+    flags = Flags(
+        models=str(base.parent), port=-1, file_system_poll_wait_seconds=0.05, load_retry_interval_micros=10**9
+    )
+    with (
+        Server(flags) as server,
+        Client(server.address) as client,
+        caplog.at_level(logging.CRITICAL, "cornucopia.serve"),
+    ):
+        (base / "2").mkdir()
+        until(lambda: client.status("affine").get(2, ("", ""))[1])  # it is tried again in 1000 seconds
+        publish(versions, base, 3)
+        until(lambda: answer(client) == 3)
+
+
 def test_a_failed_load_is_tried_again(base, versions, caplog):
     flags = Flags(models=str(base.parent), port=-1, file_system_poll_wait_seconds=0.05, max_num_load_retries=1000,
                   load_retry_interval_micros=50_000)  # fmt: skip

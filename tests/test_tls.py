@@ -1,5 +1,6 @@
 """TLS over both transports: who is let in, what wrong files are told, and clients that are slow about it."""
 
+import asyncio
 import contextlib
 import logging
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import serving_models
 
-from shared.serving.client import Client, ServerError
+from shared.serving.client import AsyncClient, Client, ServerError
 from shared.serving.flags import Flags, parse
 from shared.serving.server import Server
 
@@ -110,6 +111,12 @@ def test_a_server_that_asks_who_calls(tree, config, files, over):
         address = address_of(server, over)
         with Client(address, certificate=(files.ca_pem, files.client_key, files.client_pem)) as client:
             assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+
+        async def ask():
+            async with AsyncClient(address, certificate=(files.ca_pem, files.client_key, files.client_pem)) as client:
+                return await client.predict("affine", X)
+
+        assert asyncio.run(ask())["y"].tolist() == [[3.0, 3.0]]
         refused(address, files.ca_pem)
         refused(address, files.ca_pem, files.stranger_key, files.stranger_pem)
 

@@ -29,7 +29,7 @@ class Flags:
     model_config_file: str = ""  # ModelServerConfig as text; several models, their version policies and labels
     model_config_file_poll_wait_seconds: int = 0  # read it again so often; 0: once
     file_system_poll_wait_seconds: float = 1.0  # look for new versions so often; 0: once, fewer: never
-    num_load_threads: int = 0  # that load versions; 0: two, of their own
+    num_load_threads: int = 0  # that load versions; 0: one, of its own
     max_num_load_retries: int = 5  # of a version that does not load
     load_retry_interval_micros: int = 60_000_000  # between them
     enable_batching: bool = False  # run requests that wait together

@@ -84,7 +84,9 @@ class Models:
         self._gone: dict[str, Model] = {}  # no longer configured; their versions' ends stay to be asked for
         self._lock = threading.RLock()  # of everything but lookups
         self._changed = threading.Condition(self._lock)
-        self._pool = ThreadPoolExecutor(threads or 2, thread_name_prefix="load")
+        # One is as fast as two, for most of a load is Python's; and memory holds one new version at a time. TensorFlow
+        # Serving's 0 is the thread that looks after all versions: there one that fails holds up the others.
+        self._pool = ThreadPoolExecutor(threads or 1, thread_name_prefix="load")
         self._unused: queue.SimpleQueue = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._configure(config, first=True)
