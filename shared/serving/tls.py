@@ -76,4 +76,4 @@ def _load_pair(context: ssl.SSLContext, certificate: str | Path, key: str | Path
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or str(error)).lower().replace("_", " ")
+    return error.reason.lower().replace("_", " ") if error.reason else "unreadable"
