@@ -341,12 +341,19 @@ def started(cwd, *flags):
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def told(process, text):
+    """Return when a started server has written that to its log."""
+    while text not in process.stderr.readline():
+        assert process.poll() is None
+
+
 def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_path):
     waiting = tmp_path / "empty" / "late"
     waiting.mkdir(parents=True)
     with started(tmp_path, f"--model_base_path={waiting}", "--file_system_poll_wait_seconds=0.1") as process:
+        told(process, "waiting for a version of default below")
         os.set_blocking(process.stdout.fileno(), False)
-        time.sleep(6.0)
+        time.sleep(0.5)
         assert process.stdout.readline() == ""  # alive, and no port: nothing answers yet
         assert process.poll() is None
         publish(versions, waiting, 1)
@@ -378,7 +385,7 @@ def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_pa
 def test_sigterm_while_it_waits_ends_it(tmp_path):
     (tmp_path / "late").mkdir()
     with started(tmp_path, f"--model_base_path={tmp_path / 'late'}") as process:
-        time.sleep(5.0)
+        told(process, "waiting for a version of default below")
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 0
 
@@ -409,28 +416,24 @@ def test_a_reload_is_not_awaited(base, versions, tmp_path):
                 error.close()
                 return False
 
-        def told(text):
-            while text not in process.stderr.readline():
-                assert process.poll() is None
-
         with Client(address, retries=0) as client:
             assert ready()
             configure(("affine", base), ("late", late))
             process.send_signal(signal.SIGHUP)
-            told("flags are read again")
+            told(process, "flags are read again")
             assert not ready()  # the new model is awaited by nobody, and told to be missing
             assert answer(client) == 1
             (tmp_path / "config").write_text("nonsense {")
             process.send_signal(signal.SIGHUP)
-            told("the new flags are not taken: Error parsing text-format tensorflow.serving.ModelServerConfig")
+            told(process, "the new flags are not taken: Error parsing text-format tensorflow.serving.ModelServerConfig")
             configure(("affine", base), ("second", base))  # takes effect although the other never came
             process.send_signal(signal.SIGHUP)
-            told("flags are read again")
+            told(process, "flags are read again")
             until(ready)
             assert float(client.predict("second", {"x": X})["y"][0, 0]) == 2
             configure(("affine", base), ("late", late))
             process.send_signal(signal.SIGHUP)
-            told("flags are read again")
+            told(process, "flags are read again")
             publish(versions, late, 3)  # and where it comes after all it answers
             until(ready)
             assert float(client.predict("late", {"x": X})["y"][0, 0]) == 4

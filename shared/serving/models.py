@@ -340,6 +340,7 @@ class Models:
             RefusedError: a version that was wanted could not be loaded, or the time is over.
         """
         until = None if timeout is None else time.monotonic() + timeout
+        told: set[str] = set()
         with self._changed:
             while not self._stopping.is_set():
                 models = {name: model for name, model in self._models.items() if names is None or name in names}
@@ -353,6 +354,10 @@ class Models:
                     raise RefusedError(grpc.StatusCode.UNKNOWN, text)
                 if all(model.polled and model.aspired and model.latest for model in models.values()):
                     return
+                for name in sorted(name for name, model in models.items() if model.polled and not model.aspired):
+                    if name not in told:
+                        told.add(name)
+                        log.warning("waiting for a version of %s below %s", name, models[name].config.base_path)
                 if until is not None and time.monotonic() > until:
                     late = sorted(name for name, model in models.items() if not model.latest)
                     raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, f"{', '.join(late)} did not answer in time")
