@@ -33,6 +33,7 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   load TASK [flags]       load a running server: throughput, latency, and where the time of a request goes
                           (ask and load: --address=HOST:PORT for gRPC, http://HOST:PORT for REST)
   explain TASK --text=T   which parts of a text a saved model's answer rests on
+  data-service [flags]    make training batches for trainings elsewhere, which read them with --data-service
   serve [flags]           serve models over TensorFlow Serving's protocols, with tensorflow_model_server's flags
 
 cornucopia COMMAND [TASK] --help tells the flags."""
@@ -81,6 +82,21 @@ class Launch:
     workers: int = 2  # processes
     name: str = ""  # of the run; empty: the task's name and the time
     runs: str = "runs"  # folder for logs, checkpoints and pictures of runs
+
+
+@dataclasses.dataclass(frozen=True)
+class DataService:
+    """Make training batches for trainings elsewhere: a dispatcher, and workers. SIGTERM and Ctrl-C end it.
+
+    It listens on every interface of the machine, without encryption, and runs whatever pipeline it is sent: keep its
+    ports within a network that you trust.
+    """
+
+    host: str = "127.0.0.1"  # name or address by which trainings and other workers reach this machine
+    port: int = 5050  # of the dispatcher; 0: any free one
+    workers: int = 1  # to run in this process; each uses all cores; 0: the dispatcher alone
+    worker_port: int = 0  # of the first worker, the others on the ports after it; 0: any free ones
+    dispatcher: str = ""  # HOST:PORT of a dispatcher elsewhere, which the workers join; empty: one runs here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +166,7 @@ def main() -> None:
         return
     command, rest = words[0], words[1:]
     commands = {"list": _list, "train": _train, "launch": _launch, "tune": _tune, "evaluate": _evaluate, "ask": _ask,
-                "load": _load, "explain": _explain, "serve": _serve}  # fmt: skip
+                "load": _load, "explain": _explain, "data-service": _data_service, "serve": _serve}  # fmt: skip
     if command not in commands:
         _refuse(f"unknown command {command}; one of {', '.join(commands)}")
     try:
@@ -291,6 +307,19 @@ def _serve(words: list[str]) -> None:
     except (ValueError, OSError) as error:
         _refuse(str(error), code=255)  # as tensorflow_model_server
     raise SystemExit(code)
+
+
+def _data_service(words: list[str]) -> None:
+    flags = tyro.cli(DataService, args=words, prog="cornucopia data-service")
+    if flags.workers < bool(flags.dispatcher):
+        _refuse(f"--workers={flags.workers} makes nothing; give 1 or more")
+    try:
+        _load_tensorflow()
+    except ImportError as error:
+        raise ImportError(f"data-service needs {error.name}: pip install 'cornucopia-suite[serve]'") from error
+    from shared import data_service
+
+    data_service.serve(**dataclasses.asdict(flags))
 
 
 def _ask(words: list[str]) -> None:

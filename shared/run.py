@@ -56,6 +56,7 @@ class Config:
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     # Devices: auto is every GPU, or the one CPU, and many workers where TF_CONFIG or Slurm names them.
     strategy: Literal["auto", "one", "mirrored", "multiworker"] = "auto"
+    data_service: str = ""  # grpc://HOST:PORT of a cornucopia data-service that makes the training batches; empty: here
     clip: float = 0.0  # longest gradient, of all weights together; longer ones are shortened to it; 0: any
     checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: a minute's worth
     max_hours: float = 0.0  # of training; then the best epoch so far is the result; 0: any
@@ -238,7 +239,7 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
     changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
-               "batch": 1}  # fmt: skip
+               "batch": 1, "data_service": ""}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))
     splits = task.load(config)
     names = json.loads((extra / "metrics.json").read_text())["names"]

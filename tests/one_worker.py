@@ -1,7 +1,7 @@
 """A process that trains a small network as `training.fit` does, for tests/test_workers.py:
 
-python tests/one_worker.py FOLDER KIND [STRATEGY]; KIND is plain, normalised, custom, or limited: then the time of the
-second worker alone is up at once. Writes FOLDER/result-INDEX.json.
+python tests/one_worker.py FOLDER KIND STRATEGY [DATA_SERVICE]; KIND is plain, normalised, custom, or limited: then the
+time of the second worker alone is up at once. Writes FOLDER/result-INDEX.json.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 
-def main(folder: Path, kind: str, strategy: str) -> None:
+def main(folder: Path, kind: str, strategy: str, service: str = "") -> None:
     import keras
     import tensorflow as tf
 
@@ -28,9 +28,8 @@ def main(folder: Path, kind: str, strategy: str) -> None:
 
     name = "run"
     hours = {"max_hours": 1e-9 if training.workers.index() else 1.0} if kind == "limited" else {}
-    config = run.Config(
-        batch=8, epochs=5, strategy=strategy, name=name, runs=str(folder), saved_models=str(folder), **hours
-    )
+    config = run.Config(batch=8, epochs=5, strategy=strategy, data_service=service, name=name, runs=str(folder),
+                        saved_models=str(folder), **hours)  # fmt: skip
     config = training.begin("vision.classify", config)
     random = np.random.default_rng(1)
     inputs = random.normal(size=(83, 4)).astype(np.float32)
@@ -89,4 +88,4 @@ def main(folder: Path, kind: str, strategy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -18,7 +18,7 @@ from shared.training import workers
 PROGRAM = [sys.executable, str(ROOT / "tests" / "one_worker.py")]
 
 
-def together(folder, kind, *, count=2, strategy="multiworker"):
+def together(folder, kind, *, count=2, strategy="multiworker", service=""):
     """Run the program in so many processes; their results, or the first's output where one failed."""
     folder.mkdir()
     addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
@@ -28,7 +28,7 @@ def together(folder, kind, *, count=2, strategy="multiworker"):
         if count > 1:
             task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
             environment["TF_CONFIG"] = json.dumps(task)
-        processes.append(subprocess.Popen([*PROGRAM, str(folder), kind, strategy], env=environment, text=True,
+        processes.append(subprocess.Popen([*PROGRAM, str(folder), kind, strategy, service], env=environment, text=True,
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
     said = [process.communicate(timeout=150)[0] for process in processes]
     if any(process.returncode for process in processes):

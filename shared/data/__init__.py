@@ -37,6 +37,9 @@ def stream(
 ) -> Callable[[int], tf.data.Dataset]:
     """Endless batches of `count` examples, in a new order every epoch, that can start at any step.
 
+    Each epoch's order is made when its first step is asked for, so that other hosts can make a share of the steps alone
+    (`shared/training/service.py`): with `numbered=True` a batch comes as (step [] int64, batch).
+
     Args:
         count: how many examples there are; ValueError where they do not fill one batch.
         batch: examples in a batch; what is left over at an epoch's end is dropped, another rest each time.
@@ -48,14 +51,21 @@ def stream(
     steps = count // batch
     far = np.iinfo(np.int64).max
 
-    def order(epoch: tf.Tensor) -> tf.data.Dataset:
-        shuffled = tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=[seed, epoch])
-        return tf.data.Dataset.from_tensor_slices(shuffled).batch(batch, drop_remainder=True)
+    def shuffled(epoch: tf.Tensor) -> tf.Tensor:
+        return tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=[seed, epoch])
 
-    def batches(step: int = 0) -> tf.data.Dataset:
-        orders = tf.data.Dataset.range(step // steps, far).flat_map(order).skip(step % steps)
-        numbered = tf.data.Dataset.zip(tf.data.Dataset.range(step, far), orders)
-        examples = numbered.map(lambda at, indices: read(indices, at), num_parallel_calls=tf.data.AUTOTUNE)
+    def pick(kept: tuple[tf.Tensor, tf.Tensor], at: tf.Tensor) -> tuple:
+        epoch, order = at // steps, kept[1]
+        order = tf.cond(tf.equal(epoch, kept[0]), lambda: order, lambda: shuffled(epoch))
+        return (epoch, order), (at, tf.slice(order, [at % steps * batch], [batch]))
+
+    def batches(step: int = 0, *, numbered: bool = False) -> tf.data.Dataset:
+        nothing = (tf.constant(-1, tf.int64), tf.zeros([count], tf.int64))
+        picked = tf.data.Dataset.range(step, far).scan(nothing, pick)
+        examples = picked.map(
+            lambda at, indices: (at, read(indices, at)) if numbered else read(indices, at),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
         return examples.prefetch(4)
 
     return batches

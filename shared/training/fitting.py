@@ -16,7 +16,7 @@ import numpy as np
 
 from shared.data import Splits
 from shared.run import Config, say, seconds_since_start
-from shared.training import diagnosis, workers
+from shared.training import diagnosis, service, workers
 from shared.training.cost import InputClock, account
 from shared.training.start import strategy
 
@@ -52,12 +52,14 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite any more; names the layer where that begins.
         SystemExit: SIGTERM came, and the run is saved.
+        ConnectionError: the data service is gone.
     """
     devices = strategy(config.strategy)
     keeper = _Keeper(config, splits)
     keeper.set_model(model)
     if config.clip:
         getattr(model.optimizer, "inner_optimizer", model.optimizer).global_clipnorm = config.clip
+    reader = service.Reader(config, splits, devices) if config.data_service else None
     with devices.scope():
         model.optimizer.build(model.trainable_variables)
         keeper.restore()
@@ -69,6 +71,8 @@ def fit(
     watched = not config.deterministic and not workers.many(devices)  # no clock is allowed in deterministic mode
     watchers = []
     with keeper.listening(), contextlib.ExitStack() as closing:
+        if reader:
+            closing.enter_context(reader.telling())
         if workers.chief():
             watchers.append(_Curves(config.folder / "logs", write_graph=False))
         if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
@@ -76,9 +80,11 @@ def fit(
             watchers[-1].set_model(model)
             closing.callback(watchers[-1].close)
         while keeper.epoch < config.epochs and not keeper.stopped and not keeper.over:
-            batches = splits.stream(keeper.steps_done + keeper.step_in_epoch)
+            batches = (reader or splits).stream(keeper.steps_done + keeper.step_in_epoch)
+            if watched:
+                batches = clock.watch(batches)
             model.fit(
-                workers.shared_out(devices, clock.watch(batches) if watched else batches, batch=config.batch),
+                workers.shared_out(devices, batches, batch=config.batch, cut=bool(reader)),
                 # What is left of an epoch that was broken off is an epoch of its own to Keras.
                 steps_per_epoch=splits.steps - keeper.step_in_epoch,
                 validation_data=splits.validation,

@@ -10,13 +10,14 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from shared import data_service
 from shared.run import Config, say
 from shared.training import workers
 
 # What may differ between a run and the one that goes on with it.
 _FREE = (
     "resume", "name", "runs", "saved_models", "checkpoint_every", "max_hours", "max_cost", "price_per_hour", "watts",
-    "strategy",
+    "strategy", "data_service",
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def begin(task_name: str, config: Config) -> Config:
     Raises:
         FileNotFoundError: there is no run to go on with.
         ValueError: the run to go on with had other settings; says which.
+        ConnectionError: the data service cannot be reached.
         OSError: a folder cannot be written to, said before any work is done.
     """
     if config.max_cost and not config.price_per_hour:
@@ -35,6 +37,8 @@ def begin(task_name: str, config: Config) -> Config:
         if not config.name:
             raise ValueError("many workers need one name for their run: give --name, the same to each")
         strategy("multiworker")  # before anything else of TensorFlow
+    if config.data_service:
+        data_service.check(config.data_service)
     name = config.name or (_newest(task_name, Path(config.runs)) if config.resume else _fresh(task_name, config))
     config = dataclasses.replace(config, name=name)
     for folder in (config.folder, Path(config.saved_models)):

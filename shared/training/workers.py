@@ -6,15 +6,21 @@ TensorFlow; `mend` replaces them, and how it shares out data. tests/test_workers
 
 import json
 import os
+import random
 
 import tensorflow as tf
 
 
 def configured() -> bool:
     """Whether TF_CONFIG or Slurm names more than one worker."""
+    return count() > 1
+
+
+def count() -> int:
+    """How many workers TF_CONFIG or Slurm names; 1 where neither does."""
     if os.environ.get("TF_CONFIG"):
-        return len(_cluster().get("worker", [])) + len(_cluster().get("chief", [])) > 1
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+        return max(1, len(_cluster().get("worker", [])) + len(_cluster().get("chief", [])))
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
 
 
 def _cluster() -> dict:
@@ -133,11 +139,11 @@ def in_parts(batches: tf.data.Dataset, *, first: int, count: int, of: int = 0) -
     return batches.flat_map(parts)
 
 
-def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, batch: int):
+def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, batch: int, cut: bool = False):
     """Training batches, of which each worker's devices get their part; as they are where there is one process.
 
     Every worker makes the whole batch, which is a pure function of the seed and the step, and keeps its part: so many
-    workers see what one would.
+    workers see what one would. Where `cut` says so, what comes is this worker's part already.
     """
     if not many(strategy):
         return batches
@@ -148,7 +154,10 @@ def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, ba
 
     def mine(context: tf.distribute.InputContext) -> tf.data.Dataset:
         local = replicas // context.num_input_pipelines
-        parts = in_parts(batches, first=context.input_pipeline_id * local, count=local, of=replicas)
+        if cut:
+            parts = in_parts(batches, first=0, count=local)
+        else:
+            parts = in_parts(batches, first=context.input_pipeline_id * local, count=local, of=replicas)
         return parts.prefetch(2 * local)
 
     return strategy.distribute_datasets_from_function(mine)
@@ -156,9 +165,18 @@ def shared_out(strategy: tf.distribute.Strategy, batches: tf.data.Dataset, *, ba
 
 def any_of(strategy: tf.distribute.Strategy, flag: bool) -> bool:
     """Whether any worker says so; all must ask at the same step."""
-    given = tf.constant(float(flag))
+    return _summed(strategy, float(flag)) > 0
+
+
+def lot(strategy: tf.distribute.Strategy) -> int:
+    """A random number that all workers have in common; all must ask at the same step."""
+    return int(_summed(strategy, float(random.randrange(2**16) if chief() else 0)))  # float32 counts to 2**24
+
+
+def _summed(strategy: tf.distribute.Strategy, value: float) -> float:
+    given = tf.constant(value)
     one = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", given))
-    return bool(strategy.experimental_local_results(one)[0].numpy() > 0)
+    return float(strategy.experimental_local_results(one)[0].numpy())
 
 
 def meet(strategy: tf.distribute.Strategy) -> None:
