@@ -20,7 +20,7 @@ class Version:
     def __init__(self, seconds=0.05):
         self.batches, self.seconds = [], seconds
 
-    def run(self, feeds, fetches, arrays):
+    def answer(self, feeds, fetches, arrays):
         self.batches.append(arrays[0].copy())
         time.sleep(self.seconds)
         if (arrays[0] == 13).any():
@@ -129,7 +129,7 @@ def test_what_cannot_be_batched(arrays, text):
 
 def test_outputs_must_have_a_row_for_each_example():
     class Sums(Version):
-        def run(self, feeds, fetches, arrays):
+        def answer(self, feeds, fetches, arrays):
             return [arrays[0].sum(0)]
 
     with pytest.raises(RefusedError, match="0th dimension does not equal the sum") as error:

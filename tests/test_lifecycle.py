@@ -1,5 +1,6 @@
 """Versions come, go and are swapped while requests go on."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -20,7 +21,7 @@ import pytest
 import serving_models
 from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
 
-from shared.serving import protocol
+from shared.serving import protocol, servable
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags
 from shared.serving.server import Server
@@ -176,6 +177,38 @@ def test_a_request_in_flight_ends_on_its_version_which_then_goes(base, versions)
         assert held.run(feeds, fetches, arrays)[0].tolist() == [[2.0, 2.0]]
         del held
         until(lambda: states(client)[1] == "END")
+
+
+@pytest.mark.parametrize("largest", [servable.LARGEST, 0])
+def test_long_runs_answer_alike_serial_or_shared_out(versions, monkeypatch, largest):
+    monkeypatch.setattr(servable, "LARGEST", largest)
+    monkeypatch.setattr(servable, "LONG", 0.0)  # now each is long
+    monkeypatch.setattr(servable, "processors", lambda: 2)
+    version = servable.Servable("affine", 1, versions / "2")
+    bound = version.bind("serving_default", {"x": X})
+    expected, answers, lent = version.run(*bound)[0].tolist(), [], []
+    serial = (*bound[:2], "serial")
+    if largest:
+        until(lambda: version.answer(*bound) and serial in version._callables)
+
+    @contextlib.contextmanager
+    def waiting():
+        lent.append(True)
+        yield
+
+    def ask():
+        for _ in range(50):
+            answers.append(version.answer(*bound, waiting)[0].tolist())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 200
+    assert len(lent) >= 196  # all but the first, of which it was not known
+    assert (serial in version._callables) == bool(largest)  # a large graph is not held twice
+    version.detach()()
 
 
 def test_memory_comes_back(tmp_path):

@@ -193,7 +193,7 @@ class Batching:
         self._ran([] if again else [begun - task.at for task in tasks])
         try:
             joined = self._joined(tasks, rows)
-            outputs = _cut(servable.run(feeds, fetches, joined), tasks, len(joined[0]))
+            outputs = _cut(servable.answer(feeds, fetches, joined), tasks, len(joined[0]))
         except RefusedError as error:
             alone = len(tasks) == 1
             if alone:

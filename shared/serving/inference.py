@@ -33,7 +33,6 @@ from shared.serving.protocol import (
 from shared.serving.refusal import RefusedError, invalid
 from shared.serving.servable import DEFAULT, Servable
 
-LONG = 0.0005  # seconds from which a run is worth a change of threads
 CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
 ClassificationResult = message("tensorflow.serving.ClassificationResult")
 RegressionResult = message("tensorflow.serving.RegressionResult")
@@ -86,16 +85,9 @@ class Inference:
             stages.queue = time.perf_counter() - begun - stages.run
             return outputs
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
-        key = (feeds, fetches, rows.bit_length())
-        fastest = servable.fastest.get(key, 0.0)
         begun = time.perf_counter()
-        if fastest > LONG:
-            with stages.waiting():
-                outputs = servable.run(feeds, fetches, arrays)
-        else:
-            outputs = servable.run(feeds, fetches, arrays)
+        outputs = servable.answer(feeds, fetches, arrays, stages.waiting)
         stages.run, stages.batch = time.perf_counter() - begun, rows
-        servable.fastest[key] = min(stages.run, fastest * 1.01 or stages.run)
         return outputs
 
     def classify(

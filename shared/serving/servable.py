@@ -4,11 +4,14 @@ A SavedModel is loaded into a TensorFlow 1 session, as TensorFlow Serving does: 
 faster than one of a TensorFlow 2 signature, and closing it gives the memory back.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from shared.serving import tensors
+from shared.serving.flags import processors
 from shared.serving.protocol import PredictionLog, SavedModel, SignatureDef, type_name
 from shared.serving.records import records
 from shared.serving.refusal import RefusedError, invalid
@@ -25,7 +29,39 @@ from shared.serving.refusal import RefusedError, invalid
 DEFAULT = "serving_default"
 STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -> gRPC's name for it
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
+LONG = 0.0005  # seconds from which a run is worth a change of threads
+LARGEST = 16 << 20  # bytes of a graph whose constants may be held twice
+OTHER = 256  # one run in so many goes the way that was slower, to see whether it still is
 _importing = threading.Lock()
+
+
+class _Running:
+    """How many long runs there are at this moment; they share the processors, whichever version they are of."""
+
+    def __init__(self):
+        self._lock, self._count = threading.Lock(), 0
+
+    def __enter__(self) -> int:
+        with self._lock:
+            self._count += 1
+            return self._count
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._count -= 1
+
+
+_running = _Running()
+
+
+class _Pace:
+    """Seconds of the fastest run of late, shared out and serial, 0 before the first; and how many runs there were."""
+
+    __slots__ = ("runs", "serial", "shared")
+
+    def __init__(self):
+        self.shared = self.serial = 0.0
+        self.runs = 0
 
 
 class Servable:
@@ -52,7 +88,11 @@ class Servable:
             self._session.close()
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
         self._callables: dict[Any, Any] = {}
-        self.fastest: dict[Any, float] = {}  # seconds of the fastest of late, by what was run and how many rows
+        self._paces: dict[Any, _Pace] = {}  # by what was run and how many rows
+        self._making = threading.Lock()  # one serial callable at a time
+        # Each callable has constants of its own; with one processor, or a GPU, there is nothing to share out.
+        size = sum(path.stat().st_size for path in folder.glob("saved_model.pb*"))
+        self._both = size <= LARGEST and threads[0] != 1 < processors() and len(self._session.list_devices()) == 1
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
         for key, definition in self.definitions.items():
@@ -117,10 +157,62 @@ class Servable:
                               f"{{{','.join(sorted(known))}}}.")  # fmt: skip
         return complete
 
-    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def answer(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray],
+               waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> list[np.ndarray]:  # fmt: skip
+        """As `run`, in the way that suits the moment; a run that takes long is in a block of `waiting`.
+
+        TensorFlow shares an operation out over all processors. That pays for large ones, while there are idle
+        processors: a small network takes less time without, and less of the processors in any case. So where as many
+        run as there are processors, or where that was faster of late, a run is serial.
+        """
+        rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+        key = (feeds, fetches, rows.bit_length())
+        pace = self._paces.get(key)
+        if pace is None:
+            pace = self._paces[key] = _Pace()
+        if pace.shared <= LONG:
+            begun = time.perf_counter()
+            outputs = self.run(feeds, fetches, arrays)
+            pace.shared = _of_late(pace.shared, time.perf_counter() - begun)
+            return outputs
+        with waiting(), _running as count:
+            pace.runs += 1
+            better = (pace.serial < pace.shared) != (pace.runs % OTHER == 0)
+            serial = (better or count >= processors()) and self._can_be_serial(feeds, fetches)
+            begun = time.perf_counter()
+            outputs = self.run(feeds, fetches, arrays, serial=serial)
+            seconds = time.perf_counter() - begun
+            if serial:
+                pace.serial = _of_late(pace.serial, seconds)
+            else:
+                pace.shared = _of_late(pace.shared, seconds)
+        return outputs
+
+    def _can_be_serial(self, feeds: tuple, fetches: tuple) -> bool:
+        """Whether there is a callable for serial runs; the first that asks has it made, and none waits for it."""
+        if (feeds, fetches, "serial") in self._callables:
+            return True
+        if self._both and self._making.acquire(blocking=False):
+            threading.Thread(target=self._make_serial, args=(feeds, fetches), name="make", daemon=True).start()
+        return False
+
+    def _make_serial(self, feeds: tuple, fetches: tuple) -> None:
+        try:
+            call = _fast_callable(self._session, feeds, fetches, serial=True)
+            if call is None:
+                self._both = False
+            else:
+                self._callables[feeds, fetches, "serial"] = call
+        except tf.errors.OpError:
+            self._both = False
+        finally:
+            self._making.release()
+
+    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray], *, serial: bool = False
+            ) -> list[np.ndarray]:  # fmt: skip
         """Run the graph; RefusedError with the status and text of the operation that refuses."""
         try:
-            call = self._callables[feeds, fetches]
+            call = self._callables[(feeds, fetches, "serial") if serial else (feeds, fetches)]
         except KeyError:
             call = self._callables[feeds, fetches] = _callable(self._session, feeds, fetches)
         try:
@@ -149,6 +241,11 @@ class Servable:
         except (OSError, DecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         return logs
+
+
+def _of_late(fastest: float, seconds: float) -> float:
+    """The fastest of late, 0 before the first; it is forgotten by and by, for it may not be as fast again."""
+    return min(seconds, fastest * 1.01 or seconds)
 
 
 def _scalar(value) -> np.ndarray:
@@ -228,7 +325,7 @@ def _callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
     return _fast_callable(session, feeds, fetches) or session.make_callable(list(fetches), feed_list=list(feeds))
 
 
-def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
+def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, *, serial: bool = False):
     options = tf.compat.v1.CallableOptions() if hasattr(tf.compat.v1, "CallableOptions") else None
     if options is None:
         from tensorflow.core.protobuf import config_pb2
@@ -236,7 +333,11 @@ def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
         options = config_pb2.CallableOptions()
     options.feed.extend(feeds)
     options.fetch.extend(fetches)
-    options.run_options.inter_op_thread_pool = -1
+    if serial:
+        # Threads of such a pool are taken for some that must not wait for others, so kernels do their work alone.
+        options.run_options.experimental.use_run_handler_pool = True
+    else:
+        options.run_options.inter_op_thread_pool = -1
     try:
         return session._make_callable_from_options(options)
     except AttributeError:
