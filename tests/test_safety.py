@@ -19,6 +19,7 @@ from hypothesis import strategies as some
 from shared.serving import protocol
 from shared.serving.client import Client, ServerError, request
 from shared.serving.flags import Flags
+from shared.serving.refusal import invalid
 from shared.serving.server import Server
 
 X = {"x": np.ones((1, 2), np.float32)}
@@ -238,6 +239,32 @@ def test_calls_that_send_nothing_stop_nobody(running):
         stop.set()
         for call in open_calls:
             call.cancel()
+
+
+def test_a_call_that_is_cancelled_while_it_waits_for_a_thread_is_not_run(running, monkeypatch):
+    ran, go = [], threading.Event()
+
+    def slow(*_):
+        ran.append(True)
+        go.wait(10)
+        raise invalid("enough")
+
+    monkeypatch.setattr(running.core.inference, "predict", slow)
+    with grpc.insecure_channel(running.address) as channel:
+        call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+        futures = [call.future(request("affine", X).SerializeToString()) for _ in range(60)]
+        time.sleep(0.2)
+        for future in futures:
+            future.cancel()
+        time.sleep(0.3)
+        begun = len(ran)
+        go.set()
+        monkeypatch.undo()
+        assert channel.unary_unary("/tensorflow.serving.PredictionService/Predict")(
+            request("affine", X).SerializeToString(), timeout=10
+        )
+        assert 0 < begun < 60
+        assert len(ran) == begun
 
 
 def test_a_shape_beyond_all_measure(running, calls):

@@ -203,7 +203,7 @@ class Servable:
                 self._both = False
             else:
                 self._callables[feeds, fetches, "serial"] = call
-        except tf.errors.OpError:
+        except (tf.errors.OpError, RuntimeError):  # it cannot, or the version was unloaded meanwhile
             self._both = False
         finally:
             self._making.release()
