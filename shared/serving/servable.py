@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from tensorflow.python.saved_model import loader_impl
 
 from shared.serving import tensors
 from shared.serving.flags import processors
@@ -27,6 +28,7 @@ from shared.serving.records import records
 from shared.serving.refusal import RefusedError, invalid
 
 DEFAULT = "serving_default"
+VARIABLES = {"VarHandleOp", "VariableV2", "Variable"}  # operations
 STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -> gRPC's name for it
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
 LONG = 0.0005  # seconds from which a run is worth a change of threads
@@ -269,11 +271,18 @@ def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[s
         operations = {node.op for node in graphs[0].graph_def.node}
         operations |= {node.op for function in graphs[0].graph_def.library.function for node in function.node_def}
         _import_operations(operations)
+        # As in TensorFlow Serving: what has no variables needs no folder of them. Here with variables it needs one.
+        bare = not operations & VARIABLES and not (folder / "variables" / "variables.index").exists()
     # The loader for sessions is called deprecated in favour of one that TensorFlow Serving does not use.
     quiet = tf.get_logger()
     quiet.addFilter(_no_news)
     with session.graph.as_default():
-        loaded = tf.compat.v1.saved_model.loader.load(session, list(tags), str(folder))
+        loader = loader_impl.SavedModelLoader(str(folder))
+        if binary.exists() and bare:
+            loader.load_graph(session.graph, list(tags))
+            loader.run_init_ops(session, list(tags))
+        else:
+            loaded = loader.load(session, list(tags))
     if not binary.exists():
         definitions = {key: SignatureDef.FromString(value.SerializeToString())
                        for key, value in loaded.signature_def.items()}  # fmt: skip
