@@ -1,7 +1,11 @@
-"""Write the README's tables from benchmarks/results/*.json and benchmarks/serving.json: python -m benchmarks.report."""
+"""Write the tables of README.md, CONTRIBUTING.md and deploy/README.md from what the benchmarks measured.
+
+python -m benchmarks.report    reads benchmarks/results/*.json and benchmarks/{serving,training,races}.json
+"""
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +74,44 @@ def scaling(found: dict) -> str:
     return "\n".join(lines)
 
 
+def races(found: dict) -> str:
+    """Medians of every side of every race, and in brackets the quality of each run."""
+    lines = [
+        "| race | | quality | seconds | of processors | examples/s | settings |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for race in found.values():
+        changed = "".join(f" --{name}={value}" for name, value in race["flags"].items())
+        for side, named in race["sides"].items():
+            runs = list(named.values())
+            library, _, variant = side.partition(", ")
+            name = f"`{race['task']}{changed}`" if library == "ours" else f"{library} {runs[0]['version']}"
+            each = ", ".join(
+                f"{'' if run.isdecimal() else run + ' '}{one['quality']:.3f}" for run, one in named.items()
+            )
+            cells = [
+                f"{race['data'] or 'embedded'}, {race['metric']}",
+                f"{name}, {variant}" if variant else name,
+                f"{_median(runs, 'quality'):.3f} ({each})",
+                _short(_median(runs, "seconds")),
+                _short(_median(runs, "processor")),
+                f"{_median(runs, 'speed'):,.0f}" if "speed" in runs[0] else "",
+                " / ".join(dict.fromkeys(one["settings"] for one in runs if "settings" in one)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for race in found.values():
+        asleep = f", OMP_WAIT_POLICY={race['omp_wait_policy']}" if race["omp_wait_policy"] else ""
+        where = f"On {race['threads']} threads of {race['machine']}{asleep}."
+        if where not in lines:
+            lines.append(where)
+    return "\n".join(lines)
+
+
+def _median(runs: list[dict], key: str) -> float:
+    return statistics.median(one[key] for one in runs)
+
+
 def fill(text: str, begin: str, end: str, table: str) -> str:
     """A page with a table between the comments that mark its place."""
     marked = re.compile(rf"(<!-- {re.escape(begin)} -->\n).*?(<!-- end of {end} -->)", re.DOTALL)
@@ -84,6 +126,9 @@ def main() -> None:
     text = fill(readme.read_text(), "results: make report", "results", table(reports))
     figures = json.loads((ROOT / "benchmarks" / "serving.json").read_text())
     readme.write_text(fill(text, "serving: make report", "serving", serving(figures)))
+    figures = json.loads((ROOT / "benchmarks" / "races.json").read_text())
+    contributing = ROOT / "CONTRIBUTING.md"
+    contributing.write_text(fill(contributing.read_text(), "races: make report", "races", races(figures)))
     figures = json.loads((ROOT / "benchmarks" / "training.json").read_text())
     deploy.write_text(fill(deploy.read_text(), "scaling: make report", "scaling", scaling(figures)))
 

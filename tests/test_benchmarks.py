@@ -1,12 +1,15 @@
-"""The programs that compare results with what is promised, and write the README's table."""
+"""The programs that compare results with what is promised and with other libraries, and write the tables."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import bound, quality, report, suite
+from benchmarks import bound, peers, quality, races, report, suite
 from shared import command
 from shared.metrics import LOWER_IS_BETTER
+from shared.metrics.retrieval import retrieval
 
 
 def result(**values):
@@ -41,7 +44,7 @@ def test_expectations_can_be_read_without_the_task(task):
 
 
 def test_table_and_readme_agree():
-    """The table in the README is what `make report` makes of the results that are committed."""
+    """The tables in the pages are what `make report` makes of the results that are committed."""
     paths = sorted((report.ROOT / "benchmarks" / "results").glob("*.json"))
     assert paths
     made = report.table([json.loads(path.read_text()) for path in paths])
@@ -51,6 +54,8 @@ def test_table_and_readme_agree():
     assert report.serving(figures) in readme, "run make report"
     figures = json.loads((report.ROOT / "benchmarks" / "training.json").read_text())
     assert report.scaling(figures) in (report.ROOT / "deploy" / "README.md").read_text(), "run make report"
+    figures = json.loads(races.RESULTS.read_text())
+    assert report.races(figures) in (report.ROOT / "CONTRIBUTING.md").read_text(), "run make report"
 
 
 def test_bound_by_hand():
@@ -73,3 +78,58 @@ def test_the_suite_is_every_domains_first_task():
     tasks = listed.removeprefix("SUITE :=").split("#")[0].split()
     assert set(tasks) <= set(command.tasks())
     assert {task.partition(".")[0] for task in tasks} == {task.partition(".")[0] for task in command.tasks()}
+
+
+def test_table_of_races_by_hand():
+    runs = {"1": {"quality": 0.25, "seconds": 1.5, "processor": 3.0, "version": "2.0"},
+            "2": {"quality": 0.5, "seconds": 2.5, "processor": 5.0, "version": "2.0"}}  # fmt: skip
+    mine = {"cat": {"quality": 1.0, "seconds": 100.0, "processor": 200.0, "speed": 1234.0, "settings": "float32"}}
+    race = {"task": "a.task", "data": "", "metric": "accuracy", "flags": {"epochs": 1}, "threads": 2,
+            "machine": "a made up one", "omp_wait_policy": "PASSIVE",
+            "sides": {"library, fast": runs, "ours": mine}}  # fmt: skip
+    assert report.races({"a.task.embedded": race, "again": {**race, "sides": {}}}).splitlines()[2:] == [
+        "| embedded, accuracy | library 2.0, fast | 0.375 (0.250, 0.500) | 2.00 | 4.00 |  |  |",
+        "| embedded, accuracy | `a.task --epochs=1` | 1.000 (cat 1.000) | 100 | 200 | 1,234 | float32 |",
+        "",
+        "On 2 threads of a made up one, OMP_WAIT_POLICY=PASSIVE.",
+    ]
+
+
+def test_sides_race_in_turn_and_what_is_not_run_again_stays():
+    order = []
+
+    def side(name):
+        def compete(race, flags):
+            order.append((name, flags))
+            return {"quality": len(order)}
+
+        return compete
+
+    sides = {"theirs": side("theirs"), "ours": side("ours")}
+    race = races.Race("a.task", "some", "accuracy", sides, {"1": {"seed": 1}, "2": {"seed": 2}}, {"epochs": 3})
+    *_, last = races.run(race, {}, ["1", "2"], ["theirs", "ours"])
+    assert [name for name, _ in order] == ["theirs", "ours"] * 2
+    assert [flags["seed"] for _, flags in order] == [1, 1, 2, 2]
+    assert order[0][1] == {"data": "some", "epochs": 3, "seed": 1}
+    *_, last = races.run(race, last, ["2"], ["ours"])
+    assert last["sides"] == {"theirs": {"1": {"quality": 1}, "2": {"quality": 3}},
+                             "ours": {"1": {"quality": 2}, "2": {"quality": 5}}}  # fmt: skip
+    assert [list(record["sides"]) for record in races.run(race, {}, ["1"], ["ours"])] == [["ours"]]
+
+
+def test_races_are_of_tasks_and_their_settings():
+    """That a race names a task, fields of its Config, and a metric that the task measures and expects."""
+    for race in races.RACES:
+        fields = {field.name for field in dataclasses.fields(command.head(race.task))}
+        assert fields >= {"data", *race.flags, *(name for changes in race.runs.values() for name in changes)}
+        assert race.metric in quality.expected(race.task)[race.data]
+
+
+def test_peers_are_measured_as_we_are():
+    random = np.random.default_rng(1)
+    scores, took = random.integers(0, 5, (50, 30)).astype(float), random.integers(0, 30, 50)
+    assert peers.ndcg(scores, took) == pytest.approx(retrieval(scores, took, np.ones(30))["ndcg@10"].value)
+    before = peers.clock()
+    while (peers.clock() - before)[1] < 0.05:  # of a processor
+        pass
+    assert (peers.clock() - before)[0] >= 0.04
