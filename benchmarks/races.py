@@ -181,6 +181,8 @@ RACES = (
     Race(
         "vision.classify", "", "accuracy",
         {"PyTorch, eager": peer("pytorch", compiled=False), "PyTorch, compiled": peer("pytorch", compiled=True),
+         "PyTorch, eager, float32": peer("pytorch", compiled=False, precision="float32"),
+         "PyTorch, compiled, float32": peer("pytorch", compiled=True, precision="float32"),
          "ours": ours},
         SEEDS, {"epochs": 4},
     ),
