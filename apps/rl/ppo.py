@@ -63,18 +63,19 @@ def load(config: Config) -> data.Splits:
         raise ValueError(
             f"--steps={config.steps or steps} are too few for {config.epochs} epochs with --batch={config.batch}"
         )
-    if config.strategy in ("mirrored", "multiworker"):
-        raise ValueError("rl.ppo learns on one device; leave --strategy out")
     stepped = "EnvPool" if pooled(config, world) else "Gymnasium"
     run.say("world", f"{world.name}: {world.size} numbers observed, {world.described}, episodes of {world.limit:,} "
             f"steps at most; learned from in {stepped}")  # fmt: skip
-    begun = [tf.data.Dataset.from_tensors(np.int64(seed)) for seed in (config.seed, TRY, TEST)]
+    # A batch has a row for each environment, so that a strategy can share it out.
+    begun = [tf.data.Dataset.from_tensors(np.full(config.environments, seed)) for seed in (config.seed, TRY, TEST)]
     random = Play(world, 8)
     random.reset(RANDOM)
     for _ in range(5):
         random.step(world.random(np.random.default_rng(1), 8))
     return data.Splits(
-        stream=lambda step: tf.data.Dataset.range(step, np.iinfo(np.int64).max),
+        stream=lambda first: tf.data.Dataset.range(first, np.iinfo(np.int64).max).map(
+            lambda step: tf.fill([config.environments], step)
+        ),
         steps=rounds,
         train=begun[0],
         validation=begun[1],
@@ -229,6 +230,12 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
             f"--batch={config.batch} must be a multiple of --environments={config.environments} and of "
             f"--minibatches={config.minibatches}"
         )
+    devices = tf.distribute.get_strategy().num_replicas_in_sync
+    if config.environments % devices or config.batch // config.minibatches % devices:
+        raise ValueError(
+            f"{devices} devices cannot share --environments={config.environments} and minibatches of "
+            f"{config.batch // config.minibatches} steps alike: make both multiples of {devices}"
+        )
     world = World.of(config)
     observation = keras.Input([world.size], name="observation")
     dense = functools.partial(layers.Dense, dtype="float32")  # too small to gain from less, whatever the precision
@@ -258,10 +265,12 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
 
 
 def train(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, float]:
-    learner = Learner(config, model)
-    learner.compile(model.optimizer, jit_compile=False)
+    with training.strategy(config.strategy).scope():
+        learner = Learner(config, model)
+        learner.compile(model.optimizer, jit_compile=False)
     cost = training.fit(config, learner, splits, callbacks=(learner.anew(),))
-    acting.plot_seeds(config.folder, config.epochs * splits.steps * config.batch)
+    if training.workers.chief():
+        acting.plot_seeds(config.folder, config.epochs * splits.steps * config.batch)
     return cost
 
 
@@ -269,14 +278,19 @@ class Learner(keras.Model):
     """A step of its training is a round: all environments are played for some steps, then the policy learns from them.
 
     Rollout and update are one graph, from which Python is called for the environments alone; the update is compiled
-    by XLA.
+    by XLA. Of many devices each plays its share of the environments and is told what the others' did. So statistics
+    and advantages are of the whole; of each minibatch a device takes its part, and the gradients are added up.
     """
 
     def __init__(self, config: Config, model: keras.Model):
         super().__init__(name=model.name)
         self.config, self.world, self.network = config, World.of(config), model
-        self.play = Play(self.world, config.environments, pool=pooled(config, self.world))
-        self.trial = Play(self.world, TRIED)
+        strategy, pool = self.distribute_strategy, pooled(config, self.world)
+        self.share = config.environments // strategy.num_replicas_in_sync
+        here = strategy.experimental_distribute_values_from_function(lambda device: device.replica_id_in_sync_group)
+        # Environments to learn in and to be tried in, by the device's number among all.
+        self.plays = {str(device): (Play(self.world, self.share, pool=pool), Play(self.world, TRIED))
+                      for device in strategy.experimental_local_results(here)}  # fmt: skip
         self.seen = self.add_weight(name="seen", initializer="zeros", trainable=False)  # observations
         self.returned = self.add_weight([config.environments], name="returned", initializer="zeros", trainable=False)
         self.returns = self.add_weight([3], name="returns", initializer="zeros", trainable=False)  # count, mean, var
@@ -287,36 +301,114 @@ class Learner(keras.Model):
         """At an epoch's begin all environments begin anew, so that a resumed run sees what an unbroken one saw."""
 
         def begin(epoch, logs=None):
-            self.play.reset(int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]) % TRY)
+            seed = int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]) % TRY
+            for number, (play, _) in self.plays.items():
+                play.reset(seed + int(number) * self.share)  # each environment has its own seed, counted on from there
 
-        return keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_test_begin=lambda logs: self.trial.reset(TRY))
+        def begin_trial(logs):
+            for _, trial in self.plays.values():
+                trial.reset(TRY)
 
-    def train_step(self, step):
-        config, world = self.config, self.world
-        shape = [config.batch // config.environments, config.environments]
-        uniform = tf.random.stateless_uniform([*shape, world.count], [config.seed, tf.cast(step, tf.int32)], 1e-7, 1)
+        return keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_test_begin=begin_trial)
+
+    def train_step(self, steps):
+        """A round on one device."""
+        for name, value in self._improve(self._play(steps), tf.cast(steps[0], tf.int32)).items():
+            self.followed[name].update_state(value)
+        return self._told()
+
+    def make_train_function(self, force=False):
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1 or (self.train_function and not force):
+            super().make_train_function(force)
+            return
+        prepare, shuffled, gradients = (
+            tf.function(part, jit_compile=True) for part in (self._prepare, self._order, self._gradients)
+        )
+
+        def play(steps):  # truth values as 0 and 1, for collectives carry no others
+            return {name: tf.cast(value, tf.int32) if value.dtype == tf.bool else value
+                    for name, value in self._play(steps).items()}  # fmt: skip
+
+        def gathered(values):
+            time, _, *shape = strategy.experimental_local_results(values)[0].shape
+            return tf.ensure_shape(strategy.gather(values, axis=1), [time, self.config.environments, *shape])
+
+        def learn(rows):
+            count = len(rows["weight"]) // strategy.num_replicas_in_sync
+            found, told = gradients(rows, int(device()) * count, count)
+            self.optimizer.apply(found, self.network.trainable_variables)
+            for name, value in zip(("loss", "entropy", "divergence"), tf.unstack(told), strict=True):
+                self.followed[name].update_state(value * strategy.num_replicas_in_sync)
+
+        def train(batches):
+            """A round on many: the loop stands around the devices, for inside of one it could not wait for others."""
+            steps = next(batches)
+            played = strategy.run(play, args=(steps,))
+            rows, after = prepare({name: gathered(values) for name, values in played.items()})
+            step = tf.cast(strategy.experimental_local_results(steps)[0][0], tf.int32)
+            for turn in tf.range(self.config.passes):
+                order = shuffled(step, turn)
+                for part in tf.range(self.config.minibatches):
+                    strategy.run(learn, args=({name: tf.gather(row, order[part]) for name, row in rows.items()},))
+            for variable, value in zip(self._statistics, after, strict=True):
+                variable.assign(strategy.reduce("MEAN", value, axis=None))
+            return self._told()
+
+        self.train_function = tf.function(train)
+
+    def test_step(self, seed):
+        noise = tf.zeros([self.world.limit, TRIED, self.world.count])
+        value = tf.reduce_mean(first_episodes(roll(self.network, self.plays[device()][1], noise))[0])
+        return {"loss": -value, "return": value}  # the best epoch is the one with the lowest loss
+
+    def _play(self, steps):
+        """What `roll` tells of this device's environments."""
+        config, world, first = self.config, self.world, int(device()) * self.share
+        shape = [config.batch // config.environments, config.environments, world.count]
+        uniform = tf.random.stateless_uniform(shape, [config.seed, tf.cast(steps[0], tf.int32)], 1e-7, 1)
+        uniform = uniform[:, first : first + self.share]
         noise = -tf.math.log(-tf.math.log(uniform)) if world.discrete else tf.math.ndtri(uniform)
-        played = roll(self.network, self.play, noise)
+        played = roll(self.network, self.plays[device()][0], noise)
         ended = (played["terminated"] | played["truncated"]) & played["chosen"]
         self.followed["return"].update_state(played["total"], sample_weight=ended)
-        for name, value in self._improve(played, tf.cast(step, tf.int32)).items():
-            self.followed[name].update_state(value)
+        return played
+
+    def _told(self):
         logs = {name: metric.result() for name, metric in self.followed.items()}
         none = tf.equal(self.followed["return"].count, 0.0)  # no episode has ended yet
         return logs | {"return": tf.where(none, np.nan, logs["return"])}
 
-    def test_step(self, seed):
-        noise = tf.zeros([self.world.limit, TRIED, self.world.count])
-        value = tf.reduce_mean(first_episodes(roll(self.network, self.trial, noise))[0])
-        return {"loss": -value, "return": value}  # the best epoch is the one with the lowest loss
-
     @tf.function(jit_compile=True)
     def _improve(self, played, step):
+        config = self.config
+        rows, after = self._prepare(played)
+        totals = tf.zeros([3])
+        for turn in tf.range(config.passes):
+            order = self._order(step, turn)
+            for part in tf.range(config.minibatches):
+                gradients, told = self._gradients({name: tf.gather(row, order[part]) for name, row in rows.items()})
+                self.optimizer.apply(gradients, self.network.trainable_variables)
+                totals += told
+        totals /= config.passes * config.minibatches
+        for variable, value in zip(self._statistics, after, strict=True):
+            variable.assign(value)
+        return {"loss": totals[0], "entropy": totals[1], "divergence": totals[2]}
+
+    def _order(self, step, turn):
+        """Which steps of a round make up each minibatch of a pass, [minibatch, step]."""
+        config = self.config
+        drawn = tf.random.stateless_uniform([config.batch], tf.stack([config.seed + 1, step * config.passes + turn]))
+        return tf.reshape(tf.argsort(drawn), [config.minibatches, -1])
+
+    def _prepare(self, played):
+        """What is to be learned from, [time * environment, …], and what `_statistics` are after this round."""
         config, network = self.config, self.network
         time, side = played["reward"].shape
         observed = played["observation"]  # [time + 1, environment, number]
         outputs = network(tf.reshape(observed, [-1, self.world.size]), training=False)
-        unit = tf.maximum(self._unit(played), 1e-4)
+        returned, *returns = self._returns(played)
+        unit = tf.maximum(tf.sqrt(returns[2]), 1e-4)  # the spread of returns so far: rewards are learned in it
         values = tf.reshape(outputs["value"], [time + 1, side]) / network.get_layer("unit").kernel[0, 0]
         advantages = advantage(
             played["reward"] / unit, values, played["terminated"], played["truncated"],
@@ -332,37 +424,37 @@ class Learner(keras.Model):
             "weight": tf.reshape(tf.cast(played["chosen"], tf.float32), [count]),
         }
         rows["before"] = self._probability(policy, rows["choice"])[0]
-        totals = tf.zeros([3])
-        size = count // config.minibatches
-        for turn in tf.range(config.passes):
-            drawn = tf.random.stateless_uniform([count], tf.stack([config.seed + 1, step * config.passes + turn]))
-            order = tf.reshape(tf.argsort(drawn), [config.minibatches, size])
-            for part in tf.range(config.minibatches):
-                totals += self._update({name: tf.gather(row, order[part]) for name, row in rows.items()})
-        totals /= config.passes * config.minibatches
-        self._observe(tf.reshape(observed[1:], [count, -1]), unit)
-        return {"loss": totals[0], "entropy": totals[1], "divergence": totals[2]}
+        seen, normal = tf.convert_to_tensor(self.seen), network.get_layer("normal")
+        moments = (tf.convert_to_tensor(variable) for variable in (normal.moving_mean, normal.moving_variance))
+        seen = merge(seen, *moments, tf.reshape(observed[1:], [count, -1]))
+        return rows, (returned, tf.stack(returns), *seen, [[unit]])
 
-    def _update(self, rows):
-        config, weight = self.config, rows["weight"]
+    @property
+    def _statistics(self):
+        normal, unit = self.network.get_layer("normal"), self.network.get_layer("unit")
+        return self.returned, self.returns, self.seen, normal.moving_mean, normal.moving_variance, unit.kernel
+
+    def _gradients(self, rows, first=0, count=None):
+        """Of a minibatch's loss, or of the part of it that some rows have: gradients; loss, entropy, divergence."""
+        config, total = self.config, tf.maximum(tf.reduce_sum(rows["weight"]), 1)
 
         def mean(values):
-            return tf.reduce_sum(values * weight) / tf.maximum(tf.reduce_sum(weight), 1)
+            return tf.reduce_sum(values * rows["weight"]) / total
 
+        gain = rows["advantage"] - mean(rows["advantage"])
+        rows = {**rows, "gain": gain / (tf.sqrt(mean(tf.square(gain))) + 1e-8)}
+        rows = {name: row[first : first + (count or len(row))] for name, row in rows.items()}
         with tf.GradientTape() as tape:
             outputs = self.network(rows["observation"], training=False)
             now, entropy = self._probability(outputs["policy"], rows["choice"])
             ratio = tf.exp(now - rows["before"])
-            gain = rows["advantage"] - mean(rows["advantage"])
-            gain /= tf.sqrt(mean(tf.square(gain))) + 1e-8
             clipped = tf.clip_by_value(ratio, 1 - config.clip_range, 1 + config.clip_range)
-            of_policy = -mean(tf.minimum(ratio * gain, clipped * gain))  # Schulman et al. 2017, equation 7
+            of_policy = -mean(tf.minimum(ratio * rows["gain"], clipped * rows["gain"]))  # Schulman et al. 2017, eq. 7
             value = outputs["value"] / tf.stop_gradient(self.network.get_layer("unit").kernel[0, 0])
             of_value = 0.5 * mean(tf.square(value - rows["aim"]))
             loss = of_policy + 0.5 * of_value - config.entropy * mean(entropy)
-        variables = self.network.trainable_variables
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return tf.stack([loss, mean(entropy), mean(ratio - 1 - tf.math.log(ratio))])
+        gradients = tape.gradient(loss, self.network.trainable_variables)
+        return gradients, tf.stack([loss, mean(entropy), mean(ratio - 1 - tf.math.log(ratio))])
 
     def _probability(self, policy, choice):
         """Log-probability of what was chosen, and the policy's entropy, each [batch]."""
@@ -374,8 +466,8 @@ class Learner(keras.Model):
         log = -0.5 * (square + np.log(2 * np.pi)) - deviation
         return tf.reduce_sum(log, -1), tf.reduce_sum(deviation + 0.5 * np.log(2 * np.pi * np.e), -1)
 
-    def _unit(self, played):
-        """The spread of the discounted sums of rewards so far: rewards are learned in this unit."""
+    def _returns(self, played):
+        """Discounted sums of rewards: now, [environment]; count, mean and variance of all so far."""
         going = 1 - tf.cast(played["terminated"] | played["truncated"], tf.float32)
         sums = tf.TensorArray(tf.float32, going.shape[0], element_shape=going.shape[1:])
         carried = tf.convert_to_tensor(self.returned)
@@ -383,19 +475,12 @@ class Learner(keras.Model):
             carried = self.config.discount * carried + played["reward"][time]
             sums = sums.write(time, carried)
             carried *= going[time]
-        self.returned.assign(carried)
-        count, mean, variance = merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums.stack(), [-1]))
-        self.returns.assign(tf.stack([count, mean, variance]))
-        return tf.sqrt(variance)
+        return carried, *merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums.stack(), [-1]))
 
-    def _observe(self, observed, unit):
-        normal = self.network.get_layer("normal")
-        mean, variance = (tf.convert_to_tensor(v) for v in (normal.moving_mean, normal.moving_variance))
-        count, mean, variance = merge(tf.convert_to_tensor(self.seen), mean, variance, observed)
-        self.seen.assign(count)
-        normal.moving_mean.assign(mean)
-        normal.moving_variance.assign(variance)
-        self.network.get_layer("unit").kernel.assign([[unit]])
+
+def device() -> str:
+    """The number of the device that this is traced for, among all that learn."""
+    return str(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
 
 
 def merge(count, mean, variance, rows):
@@ -477,9 +562,10 @@ def first_episodes(played: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
 def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
     world = World.of(config)
     play = Play(world, TESTED)
-    play.reset(int(next(iter(splits.test))))
+    play.reset(int(next(iter(splits.test))[0]))
     totals, lengths = first_episodes(roll(model, play, tf.zeros([world.limit, TESTED, world.count])))
-    film(config, model)
+    if training.workers.chief():
+        film(config, model)
     return {
         "return": metrics.measured(np.mean, totals.numpy()),
         "episode_length": metrics.measured(np.mean, lengths.numpy().astype(float)),
@@ -525,11 +611,11 @@ def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]
     generator = np.random.default_rng(config.seed)
     play = Play(world, TESTED)
     found = {}
-    play.reset(int(next(iter(splits.test))))
+    play.reset(int(next(iter(splits.test))[0]))
     found["random policy"] = episodes(play, lambda seen: world.random(generator, TESTED))[0]
     steps = config.epochs * splits.steps * config.batch
     weights, normal = random_search(world, steps, seed=config.seed)
-    play.reset(int(next(iter(splits.test))))
+    play.reset(int(next(iter(splits.test))[0]))
     found["linear policy by random search"] = episodes(play, lambda seen: linear(world, weights, normal(seen)))[0]
     results = {name: metrics.measured(np.mean, totals) for name, totals in found.items()}
     for name, value in results.items():

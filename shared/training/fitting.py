@@ -98,9 +98,13 @@ def fit(
                     keeper,
                 ],
             )
+    workers.meet(devices)  # the chief has written its last checkpoint
     with devices.scope():
         keeper.take_best()
-    plot_curves(keeper.history, config.folder / "learning_curve.png")
+    if workers.many(devices):
+        say("weights", f"{workers.digest(model)} (digest, the same in every worker's log)")
+    if workers.chief():
+        plot_curves(keeper.history, config.folder / "learning_curve.png")
     cost = {
         "train_seconds": keeper.seconds,
         "examples_per_second": config.batch * keeper.steps_done / max(keeper.seconds, 1e-9),

@@ -4,6 +4,7 @@
 TensorFlow; `mend` replaces them, and how it shares out data. tests/test_workers.py fails when Keras needs it no longer.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -66,11 +67,25 @@ def join() -> tf.distribute.Strategy:
 def mend() -> None:
     """Put right what Keras's trainer does where a strategy spans devices or processes."""
     from keras.src import tree
-    from keras.src.backend.tensorflow import trainer
+    from keras.src.backend.tensorflow import optimizer, trainer
 
     if getattr(trainer.reduce_per_replica, "mended", False):
         return
     keras_reduces, keras_builds = trainer.reduce_per_replica, trainer.TensorFlowTrainer._maybe_symbolic_build
+    keras_clips, keras_adds = optimizer.TFOptimizer._clip_gradients, optimizer.TFOptimizer._all_reduce_sum_gradients
+
+    def alone() -> bool:
+        context = tf.distribute.get_replica_context()
+        return context is None or context.num_replicas_in_sync == 1
+
+    def clip_gradients(self, gradients):
+        if alone():
+            return keras_clips(self, gradients)
+        # Keras shortens what each device found before it adds that up; what is to be short is the sum.
+        return keras_clips(self, [gradient for gradient, _ in keras_adds(self, [(one, None) for one in gradients])])
+
+    def all_reduce_sum_gradients(self, pairs):
+        return keras_adds(self, pairs) if alone() else list(pairs)  # they were added up above
 
     def reduce_per_replica(values, strategy, reduction):
         if not many(strategy):
@@ -101,6 +116,8 @@ def mend() -> None:
     trainer.reduce_per_replica = reduce_per_replica
     trainer.TensorFlowTrainer._maybe_symbolic_build = maybe_symbolic_build
     trainer.TFEpochIterator = EpochIterator
+    optimizer.TFOptimizer._clip_gradients = clip_gradients
+    optimizer.TFOptimizer._all_reduce_sum_gradients = all_reduce_sum_gradients
 
 
 class _Whole:
@@ -127,6 +144,8 @@ def in_parts(batches: tf.data.Dataset, *, first: int, count: int, of: int = 0) -
         return batches
 
     def parts(*whole):
+        if not isinstance(batches.element_spec, tuple):
+            (whole,) = whole
         rows = tf.shape(tf.nest.flatten(whole)[0])[0]
 
         def part(at):
@@ -183,3 +202,11 @@ def meet(strategy: tf.distribute.Strategy) -> None:
     """Wait until every worker is here: one that leaves before the others have ended would break them off."""
     if many(strategy):
         any_of(strategy, True)
+
+
+def digest(model) -> str:
+    """Of a model's weights: workers that learned alike have the same; all must ask."""
+    found = hashlib.sha256()
+    for weight in model.get_weights():
+        found.update(weight.tobytes())
+    return found.hexdigest()[:16]
