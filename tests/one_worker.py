@@ -27,9 +27,10 @@ def main(folder: Path, kind: str, strategy: str, service: str = "") -> None:
     from shared import data, run, training
 
     name = "run"
+    clip = 0.05 if kind == "custom" else 0.0
     hours = {"max_hours": 1e-9 if training.workers.index() else 1.0} if kind == "limited" else {}
-    config = run.Config(batch=8, epochs=5, strategy=strategy, data_service=service, name=name, runs=str(folder),
-                        saved_models=str(folder), **hours)  # fmt: skip
+    config = run.Config(batch=8, epochs=5, strategy=strategy, data_service=service, clip=clip, name=name,
+                        runs=str(folder), saved_models=str(folder), **hours)  # fmt: skip
     config = training.begin("vision.classify", config)
     random = np.random.default_rng(1)
     inputs = random.normal(size=(83, 4)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,12 +149,19 @@ def launched(tmp_path, *flags):
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def assert_learned_alike_and_exported_once(folder, task, said):
+    assert "over gRPC equal the model in memory" in said
+    assert [path.name for path in (folder / "saved_models" / task).iterdir()] == ["1"]  # the chief's
+    logs = [(folder / "runs" / "whole" / f"worker-{index}.log").read_text() for index in range(2)]
+    first, second = (re.search(r"^digest +([0-9a-f]{16}) of the weights", log, re.MULTILINE)[1] for log in logs)
+    assert first == second
+
+
 def test_launch_trains_exports_and_a_killed_worker_stops_all(tmp_path):
     with launched(tmp_path, *SMALL, "--epochs=3", "--name=whole") as whole:
         said = whole.communicate(timeout=200)[0]
     assert whole.returncode == 0, said
-    assert "over gRPC equal the model in memory" in said
-    assert [path.name for path in (tmp_path / "saved_models" / "vision.classify").iterdir()] == ["1"]  # the chief's
+    assert_learned_alike_and_exported_once(tmp_path, "vision.classify", said)
     log = tmp_path / "runs" / "killed" / "worker-1.log"
     with launched(tmp_path, *SMALL, "--epochs=3", "--name=killed") as killed:
         end = time.monotonic() + 120
@@ -190,8 +198,18 @@ def children_with(pid, kind, *, index):
     return found
 
 
-def test_rl_learns_on_one_device(tmp_path):
-    with launched(tmp_path, "rl.ppo", "--name=a") as one:
-        said = one.communicate(timeout=100)[0]
-    assert one.returncode == 1
-    assert "rl.ppo learns on one device" in said
+SMALLEST = {  # vision.classify stands above
+    "speech.spot": ("--width=8", "--sample-rate=4000", "--seconds=0.5", "--bins=16"),
+    "nlp.classify": ("--networks=1", "--width=8", "--filters=8"),
+    "recommendation.retrieve": ("--batch=64", "--length=20", "--width=16", "--layers=1"),
+    "rl.ppo": ("--steps=512", "--width=8", "--batch=256", "--environments=4", "--passes=2"),
+    "generative.write": ("--batch=64", "--context=32", "--layers=1", "--heads=2", "--width=16", "--no-xla"),
+}
+
+
+@pytest.mark.parametrize("task", SMALLEST)
+def test_first_task_of_each_app_learns_in_two_processes(tmp_path, task):
+    with launched(tmp_path, task, *SMALLEST[task], "--epochs=1", "--name=whole") as whole:
+        said = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, said  # of both workers
+    assert_learned_alike_and_exported_once(tmp_path, task, said)

@@ -287,10 +287,10 @@ class Learner(keras.Model):
         self.config, self.world, self.network = config, World.of(config), model
         strategy, pool = self.distribute_strategy, pooled(config, self.world)
         self.share = config.environments // strategy.num_replicas_in_sync
-        here = strategy.experimental_distribute_values_from_function(lambda device: device.replica_id_in_sync_group)
-        # Environments to learn in and to be tried in, by the device's number among all.
-        self.plays = {str(device): (Play(self.world, self.share, pool=pool), Play(self.world, TRIED))
-                      for device in strategy.experimental_local_results(here)}  # fmt: skip
+        here = strategy.experimental_distribute_values_from_function(lambda context: context.replica_id_in_sync_group)
+        # Environments to learn in and to be tried in, of each device of this process.
+        self.plays = {number: (Play(self.world, self.share, pool=pool), Play(self.world, TRIED))
+                      for number in strategy.experimental_local_results(here)}  # fmt: skip
         self.seen = self.add_weight(name="seen", initializer="zeros", trainable=False)  # observations
         self.returned = self.add_weight([config.environments], name="returned", initializer="zeros", trainable=False)
         self.returns = self.add_weight([3], name="returns", initializer="zeros", trainable=False)  # count, mean, var
@@ -303,7 +303,7 @@ class Learner(keras.Model):
         def begin(epoch, logs=None):
             seed = int(np.random.SeedSequence([self.config.seed, epoch]).generate_state(1)[0]) % TRY
             for number, (play, _) in self.plays.items():
-                play.reset(seed + int(number) * self.share)  # each environment has its own seed, counted on from there
+                play.reset(seed + number * self.share)  # each environment has its own seed, counted on from there
 
         def begin_trial(logs):
             for _, trial in self.plays.values():
@@ -336,7 +336,7 @@ class Learner(keras.Model):
 
         def learn(rows):
             count = len(rows["weight"]) // strategy.num_replicas_in_sync
-            found, told = gradients(rows, int(device()) * count, count)
+            found, told = gradients(rows, device() * count, count)
             self.optimizer.apply(found, self.network.trainable_variables)
             for name, value in zip(("loss", "entropy", "divergence"), tf.unstack(told), strict=True):
                 self.followed[name].update_state(value * strategy.num_replicas_in_sync)
@@ -351,7 +351,7 @@ class Learner(keras.Model):
                 order = shuffled(step, turn)
                 for part in tf.range(self.config.minibatches):
                     strategy.run(learn, args=({name: tf.gather(row, order[part]) for name, row in rows.items()},))
-            for variable, value in zip(self._statistics, after, strict=True):
+            for variable, value in zip(self._statistics, after, strict=True):  # other processors may round otherwise
                 variable.assign(strategy.reduce("MEAN", value, axis=None))
             return self._told()
 
@@ -364,7 +364,7 @@ class Learner(keras.Model):
 
     def _play(self, steps):
         """What `roll` tells of this device's environments."""
-        config, world, first = self.config, self.world, int(device()) * self.share
+        config, world, first = self.config, self.world, device() * self.share
         shape = [config.batch // config.environments, config.environments, world.count]
         uniform = tf.random.stateless_uniform(shape, [config.seed, tf.cast(steps[0], tf.int32)], 1e-7, 1)
         uniform = uniform[:, first : first + self.share]
@@ -427,7 +427,7 @@ class Learner(keras.Model):
         seen, normal = tf.convert_to_tensor(self.seen), network.get_layer("normal")
         moments = (tf.convert_to_tensor(variable) for variable in (normal.moving_mean, normal.moving_variance))
         seen = merge(seen, *moments, tf.reshape(observed[1:], [count, -1]))
-        return rows, (returned, tf.stack(returns), *seen, [[unit]])
+        return rows, (returned, tf.stack(returns), *seen, tf.reshape(unit, [1, 1]))
 
     @property
     def _statistics(self):
@@ -478,9 +478,9 @@ class Learner(keras.Model):
         return carried, *merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums.stack(), [-1]))
 
 
-def device() -> str:
+def device() -> int:
     """The number of the device that this is traced for, among all that learn."""
-    return str(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+    return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
 
 
 def merge(count, mean, variance, rows):

@@ -102,7 +102,7 @@ def fit(
     with devices.scope():
         keeper.take_best()
     if workers.many(devices):
-        say("weights", f"{workers.digest(model)} (digest, the same in every worker's log)")
+        say("digest", f"{workers.digest(model)} of the weights, the same in every worker's log")
     if workers.chief():
         plot_curves(keeper.history, config.folder / "learning_curve.png")
     cost = {

@@ -1,7 +1,8 @@
 """Many processes that train one model: who they are, how data is shared out, and what Keras needs mended for it.
 
 `model.fit` fails under MultiWorkerMirroredStrategy (keras issue 20585) at two places of Keras 3.15's trainer for
-TensorFlow; `mend` replaces them, and how it shares out data. tests/test_workers.py fails when Keras needs it no longer.
+TensorFlow; `mend` replaces them, how it shares out data, and when gradients are shortened. tests/test_workers.py fails
+when Keras needs it no longer.
 """
 
 import hashlib
