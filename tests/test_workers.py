@@ -115,6 +115,30 @@ def test_a_cluster_of_one_is_refused(monkeypatch):
         workers.join()
 
 
+def test_moving_statistics_become_those_of_all_devices():
+    import keras
+    import tensorflow as tf
+
+    from shared import training
+
+    devices = training.strategy("mirrored")
+    with devices.scope():
+        model = keras.Sequential([keras.Input([3]), keras.layers.BatchNormalization()])
+    mean = model.layers[0].moving_mean
+
+    def count():
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+        mean.assign(tf.fill([3], tf.cast(number, tf.float32)))
+
+    def kept():
+        return [one.numpy().tolist() for one in devices.experimental_local_results(mean.value)]
+
+    devices.run(count)
+    assert kept() == [[0.0] * 3, [1.0] * 3]  # each has its own
+    workers.average_moments(devices, model)
+    assert kept() == [[0.5] * 3, [0.5] * 3]
+
+
 def test_export_of_mirrored_variables(tmp_path):
     """A model whose variables lie on two devices is served as it answers in memory."""
     import keras
@@ -199,7 +223,7 @@ def children_with(pid, kind, *, index):
 
 
 SMALLEST = {  # vision.classify stands above
-    "speech.spot": ("--width=8", "--sample-rate=4000", "--seconds=0.5", "--bins=16"),
+    "speech.spot": ("--width=8", "--sample-rate=4000", "--seconds=0.5", "--bins=16", "--masks=0"),
     "nlp.classify": ("--networks=1", "--width=8", "--filters=8"),
     "recommendation.retrieve": ("--batch=64", "--length=20", "--width=16", "--layers=1"),
     "rl.ppo": ("--steps=512", "--width=8", "--batch=256", "--environments=4", "--passes=2"),

@@ -438,7 +438,7 @@ class Learner(keras.Model):
         """Of a minibatch's loss, or of the part of it that some rows have: gradients; loss, entropy, divergence."""
         config, total = self.config, tf.maximum(tf.reduce_sum(rows["weight"]), 1)
 
-        def mean(values):
+        def mean(values):  # of a part: what it adds to the minibatch's mean
             return tf.reduce_sum(values * rows["weight"]) / total
 
         gain = rows["advantage"] - mean(rows["advantage"])

@@ -273,6 +273,7 @@ class _Keeper(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         self._stop_clock()  # validation between epochs is not training time
+        workers.average_moments(strategy(self.config.strategy), self.model)
 
     def on_epoch_end(self, epoch, logs=None):
         self._stop_clock()
@@ -312,6 +313,7 @@ class _Keeper(keras.callbacks.Callback):
 
     def _save_within(self, done: int) -> None:
         """Save in the middle of an epoch, with what its metrics have counted so far."""
+        workers.average_moments(strategy(self.config.strategy), self.model)
         self.step_in_epoch = done
         kept, self.seconds = self.seconds, self._spent()
         measured = [keras.ops.convert_to_numpy(variable).tolist() for variable in self.model.metrics_variables]

@@ -211,3 +211,18 @@ def digest(model) -> str:
     for weight in model.get_weights():
         found.update(weight.tobytes())
     return found.hexdigest()[:16]
+
+
+def average_moments(strategy: tf.distribute.Strategy, model) -> None:
+    """Give batch normalisation's moving statistics, which each device keeps of its own parts, their mean over all."""
+    moments = [variable for variable in model.variables if variable.path.endswith(("moving_mean", "moving_variance"))]
+    if strategy.num_replicas_in_sync == 1 or not moments:
+        return
+
+    @tf.function
+    def average():
+        own = strategy.run(lambda: [tf.identity(variable.value) for variable in moments])
+        for variable, values in zip(moments, own, strict=True):
+            variable.assign(strategy.reduce("MEAN", values, axis=None))
+
+    average()
