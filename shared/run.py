@@ -1,8 +1,9 @@
 """What every task lets you change, and the order in which every task runs.
 
 A task is a module below `apps` with the names in `CONTRACT`; `run` is the one place where their order stands. A task
-may also have `folds(config) -> Folds | None`: where there are any, what they have in common is the result; and
-`explain(model, text)`, which `cornucopia explain` shows.
+may also have `folds(config) -> Folds | None`: where there are any, what they have in common is the result;
+`explain(model, text)`, which `cornucopia explain` shows; and `load_other(config, names) -> data.Splits`, other data to
+measure a saved model on, where `load` would take the classes `names` from the data.
 TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are answered at once.
 """
 
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -241,15 +243,21 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
                "batch": 1, "data_service": ""}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))
-    splits = task.load(config)
     names = json.loads((extra / "metrics.json").read_text())["names"]
+    if hasattr(task, "load_other") and flags.data != saved["data"]:
+        splits = task.load_other(config, names)
+    else:
+        splits = task.load(config)
     if list(splits.names) != names:
         raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
     protocol = splits.about["protocol"]
     if splits.drawn:
         whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
         splits, protocol = dataclasses.replace(splits, test=whole), "all of it"
-    test = task.measure(config, keras.saving.load_model(extra / "model.keras"), splits)
+    with warnings.catch_warnings():  # KerasHub's models want an optimizer even where they are parts of another model
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        model = keras.saving.load_model(extra / "model.keras", compile=False)
+    test = task.measure(config, model, splits)
     say("test", f"version {version} on {splits.about['data']}: {protocol}")
     for metric, value in test.items():
         say("", f"{metric:<18} {value}")

@@ -186,6 +186,32 @@ def test_one_device_equals_two(tmp_path):
         np.testing.assert_allclose(curve, curves["mirrored"][metric], atol=1e-5, err_msg=metric)
 
 
+def test_layers_with_lora_go_on_learning_after_a_resume(tmp_path, monkeypatch):
+    splits = make_splits()
+
+    def model_of(config):
+        keras.utils.set_random_seed(1)  # what LoRA leaves alone comes from a preset, the same each time
+        model = make_model(config, splits)
+        next(layer for layer in model.layers if isinstance(layer, keras.layers.Dense)).enable_lora(2)
+        return model
+
+    whole = make_config(tmp_path, name="whole")
+    expected = model_of(whole)
+    training.fit(whole, expected, splits)
+    broken = make_config(tmp_path, name="broken")
+    with monkeypatch.context() as patch:
+        killed = stop_after(patch, 2)
+        with pytest.raises(killed):
+            training.fit(broken, model_of(broken), splits)
+    again = dataclasses.replace(broken, resume=True)
+    resumed = model_of(again)
+    training.fit(again, resumed, splits)
+    assert any("lora" in weight.path for weight in resumed.weights)
+    for want, have in zip(expected.weights, resumed.weights, strict=True):
+        np.testing.assert_array_equal(want.numpy(), have.numpy(), err_msg=want.path)
+    assert history(whole) == history(again)
+
+
 def test_resumed_on_two_devices(tmp_path, monkeypatch):
     """Broken off on two devices and gone on with there equals a run on one that nothing broke off."""
     splits = make_splits()

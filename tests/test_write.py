@@ -184,12 +184,13 @@ def test_writing_with_the_cache_equals_the_plain_network_token_by_token(tokens, 
 
     for row, prompt in enumerate(prompts):
         ids = splits.preprocess(tf.constant(["\n", prompt])).values.numpy().tolist()
-        draws = tf.random.stateless_uniform([endpoint.MOST], [1, 0])
+        draws = tf.random.stateless_uniform([write.MOST], [1, 0])
         nats = []
         for place in range(4 * config.context):
             logits = model(np.array([ids]))[:, -1]
             one = {name: value[:1] for name, value in given.items() if name in ("temperature", "top_k", "top_p")}
-            ids.append(int(write.choose(logits, **one, draw=draws[place : place + 1])[0]))
+            one |= {"draw": draws[place : place + 1], "written": splits.preprocess.written}
+            ids.append(int(write.choose(logits, **one)[0]))
             nats.append(float(tf.nn.log_softmax(logits)[0, ids[-1]]))
             assert splits.preprocess.pieces[ids[-1]] == answer["tokens"][row, place], (prompt, place)
         assert float(answer["log_probability"][row]) == pytest.approx(np.mean(nats), abs=1e-4)
@@ -219,7 +220,7 @@ def test_choice_by_hand():
 
     def chosen(draw, temperature=1.0, top_k=0, top_p=1.0):
         at = [tf.constant([value]) for value in (temperature, top_k, top_p, draw)]
-        return int(write.choose(logits, *at)[0])
+        return int(write.choose(logits, *at, tf.range(5) > 0)[0])
 
     assert [chosen(draw) for draw in (0.0, 0.49, 0.51, 0.79, 0.81, 0.89, 0.91, 0.9999999)] == [1, 1, 3, 3, 2, 2, 4, 4]
     assert [chosen(draw, temperature=0.0) for draw in (0.0, 0.9999999)] == [1, 1]
@@ -308,7 +309,175 @@ def test_both_signatures_are_served(tmp_path, capsys):
     np.testing.assert_allclose(scored["log_probability"], expected, atol=1e-4)
 
 
+# Backbones.
+
+
+def preset(folder, kind="GPT2", extra=3):
+    """Write a KerasHub preset of a tiny network with all bytes for tokens, some pairs and marks, and random weights;
+    it has some outputs more than there are tokens.
+    """
+    import keras_hub
+
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves (GPT-2's table)
+    letters = [chr(code) for code in letters] + [chr(256 + rest) for rest in range(256 - len(letters))]
+    merges = ["t h", "th e", "Ġ the", "i n", "e r", "o u", "Ġ t"]
+    marks = ["<|endoftext|>", "<s>", "</s>", "<pad>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",
+             "<|start_header_id|>", "<|end_header_id|>"]  # fmt: skip
+    vocabulary = {token: at for at, token in enumerate([*letters, *marks, *(pair.replace(" ", "") for pair in merges)])}
+    names = {part: getattr(keras_hub.models, kind + part)
+             for part in ("Backbone", "CausalLM", "Tokenizer", "CausalLMPreprocessor")}  # fmt: skip
+    sizes = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32, "vocabulary_size": len(vocabulary) + extra}
+    sizes |= {"num_query_heads": 4, "num_key_value_heads": 2} if kind == "Llama3" else {"num_heads": 2}
+    sizes |= {} if kind == "Llama3" else {"max_sequence_length": 64}
+    backbone = names["Backbone"](**sizes)
+    random = np.random.default_rng(7)
+    for weight in backbone.weights:
+        weight.assign(random.normal(0, 0.4, weight.shape))
+    own = names["CausalLMPreprocessor"](names["Tokenizer"](vocabulary=vocabulary, merges=merges), sequence_length=32)
+    names["CausalLM"](backbone, own).save_to_preset(folder)
+    return str(folder)
+
+
+def from_backbone(tmp_path, kind="GPT2", **changes):
+    (tmp_path / "lines.txt").write_text(LINES * 20)
+    config = write.Config(data=str(tmp_path / "lines.txt"), backbone=preset(tmp_path / kind, kind), context=16, batch=4)
+    config = dataclasses.replace(config, **changes)
+    splits = write.load(config)
+    return config, splits, write.build(config, splits)
+
+
+def test_a_backbones_tokens_are_those_of_its_tokenizer(tmp_path):
+    import keras_hub
+
+    texts = ["the thing in the house\n\n  and é 🙂", "", " \n", "  the", "a\t\tb  ", "they'll: 12 34"]
+    tokens = write._of_backbone(preset(tmp_path / "preset"))
+    own = keras_hub.models.CausalLMPreprocessor.from_preset(str(tmp_path / "preset")).tokenizer
+    assert tokens(tf.constant(texts)).to_list() == own(texts)  # by a library outside the graph
+    for text in [*texts, "a mark, <|endoftext|>, is text where a text spells it"]:
+        ids, unknown = tokens.read(tf.constant([text]))
+        assert tokens.text(ids.values).numpy().decode() == text
+        assert tokens.characters[ids.values.numpy()].sum() == len(text)
+        assert not tf.reduce_any(~tf.gather(tokens.written, ids.values))
+        assert unknown[0] == 0
+    assert tokens.text(tokens(tf.constant([b"caf\xe9"])).values).numpy().decode() == "caf\ufffd"
+    ids, unknown = tokens.read(tf.constant(["a\x00b", "६ six"]))
+    assert tokens.text(ids.to_tensor()[0, :2]) == b"ab"
+    assert unknown.numpy().tolist() == [1, 3]
+    assert tokens.start.numpy().tolist() == [own.token_to_id("<|endoftext|>")]
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Llama3"])
+def test_a_backbone_writes_with_its_cache_as_without_token_by_token(tmp_path, kind):
+    config, splits, model = from_backbone(tmp_path, kind, xla=False)
+    endpoint = write.Endpoint(config, model, splits)
+    asked = {"max_tokens": [20, 9, 0, 13], "temperature": [0, 0.9, 1, 1.2], "top_k": [0, 12, 0, 0],
+             "top_p": [1, 0.95, 1, 0.8], "seed": [1, 2, 3, 4]}  # fmt: skip
+    types = {name: value.dtype for name, value in settings().items()}
+    given = {name: tf.cast(values, types[name]) for name, values in asked.items()}
+    prompts = ["To be", "", "thé 🙂", LINES]  # of the last there is room for a part
+    answer = endpoint(tf.constant(prompts), **given)
+    for row, prompt in enumerate(prompts):
+        count = asked["max_tokens"][row]
+        ids = [*splits.preprocess.start.numpy(), *splits.preprocess(tf.constant([prompt])).values.numpy()]
+        ids = ids[-(endpoint.span - count) :]
+        draws = tf.random.stateless_uniform([write.MOST], [asked["seed"][row], 0])
+        nats = []
+        for place in range(count):
+            logits = model(np.array([ids]))[:, -1]
+            one = {name: given[name][row : row + 1] for name in ("temperature", "top_k", "top_p")}
+            one |= {"draw": draws[place : place + 1], "written": splits.preprocess.written}
+            ids.append(int(write.choose(logits, **one)[0]))
+            nats.append(float(tf.nn.log_softmax(logits)[0, ids[-1]]))
+            assert splits.preprocess.pieces[ids[-1]] == answer["tokens"][row, place], (prompt, place)
+        assert float(answer["log_probability"][row]) == pytest.approx(np.mean(nats) if nats else 0, abs=1e-4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"max_tokens must be 0 to {endpoint.most}"):
+        endpoint(tf.constant(["to"]), **settings(max_tokens=endpoint.most + 1))
+
+
+def test_lora_changes_its_own_weights_alone_and_is_served(tmp_path):
+    config, splits, model = from_backbone(tmp_path, lora=2, xla=False)
+    before = {weight.path: weight.numpy() for weight in model.weights}
+    model.fit(splits.stream(0), steps_per_epoch=3, shuffle=False, verbose=0)
+    changed = {weight.path for weight in model.weights if not np.array_equal(before[weight.path], weight.numpy())}
+    assert changed == {path for path in before if "lora" in path}
+    assert len(changed) == 2 * 2 * 2  # of two layers the queries and the values, two factors each
+    endpoint = write.Endpoint(config, model, splits)
+    ids = splits.preprocess(tf.constant([LINES])).to_tensor()[:, :60]
+    np.testing.assert_allclose(endpoint.model(ids), model(ids), atol=1e-5)
+    assert not any("lora" in weight.path for weight in endpoint.model.weights)
+    scored = endpoint.score(tf.constant(["To be", ""]))
+    gained = tf.nn.log_softmax(model(endpoint._read(tf.constant(["To be"]))[0].to_tensor())[0])
+    ids = splits.preprocess(tf.constant(["To be"])).values
+    expected = tf.reduce_mean(tf.gather(gained[:-1], ids, axis=1, batch_dims=1))
+    assert float(scored["log_probability"][0]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, cornucopia, serving):
+    preset(tmp_path / "preset")
+    (tmp_path / "lines.txt").write_text(LINES * 20)
+    flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1", "--no-xla")
+    done = cornucopia("train", "generative.write", *flags)
+    assert "8 answers over gRPC equal the model in memory" in done.stdout
+    with serving() as address:
+        words = ("--prompt=To be 🙂", "--max-tokens=7", "--temperature=0", "--top-k=0", "--top-p=1", "--seed=1")
+        done = cornucopia("ask", "generative.write", *words, f"--address={address}")
+        assert "unknown          0" in done.stdout
+    (tmp_path / "other.txt").write_text("Sein oder Nichtsein, das ist hier die Frage. 🙂\n" * 3)
+    done = cornucopia("evaluate", "generative.write", "--data=other.txt")
+    assert "version 1 on other.txt: all of it, 141 characters in windows of 16 tokens\n" in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_backbones_that_are_not_taken(tmp_path):
+    import keras_hub
+
+    with pytest.raises(FileNotFoundError, match=r"--backbone=.*nowhere holds no config\.json; expected a folder"):
+        write._of_backbone(str(tmp_path / "nowhere"))
+    sizes = {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4}
+    keras_hub.models.BertBackbone(vocabulary_size=9, **sizes).save_to_preset(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"(?s)encoder writes no text.*expected the preset of a causal language model"):
+        write._of_backbone(str(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="--context=65: the backbone reads 64 tokens at most"):
+        from_backbone(tmp_path, context=65, batch=1)
+    with pytest.raises(ValueError, match="--lora=2 is for a backbone; give --backbone=FOLDER"):
+        write.build(dataclasses.replace(SMALL, lora=2), made()[1])
+
+
 # Texts of other people.
+
+
+@pytest.mark.parametrize("tokens", ["characters", "bytes", "subwords"])
+def test_a_saved_model_is_measured_on_another_text_in_its_own_tokens(tmp_path, tokens):
+    config, splits, model, endpoint = made(tokens)
+    text = "To sleep, perchance to dream ß 🙂 aye!"
+    (tmp_path / "other.txt").write_text(text)
+    other = write.load_other(dataclasses.replace(config, data=str(tmp_path / "other.txt")), splits.names)
+    assert other.names == splits.names
+    known = endpoint._read(tf.constant([text]))[0].values.numpy()[1:]
+    ids = np.concatenate([token_ids.numpy().ravel() for token_ids, _ in other.test])
+    np.testing.assert_array_equal(ids, known[:-1])  # the endpoint passes over the same
+    told = f"all of it, {len(text)} characters in windows of 8 tokens"
+    if tokens != "bytes":
+        told += "; 12 bytes that no token of the model fits were passed over"  # p, p, c, c, ß, 🙂, y, !
+    assert other.about["protocol"] == told
+    nats = -float(write.measure(config, model, other)["loss"].value)
+    assert -12 < nats < 0
+    (tmp_path / "other.txt").write_text("ß")
+    if tokens != "bytes":
+        with pytest.raises(ValueError, match=r"the model can read 0 tokens of .*other\.txt; give a longer text in its"):
+            write.load_other(dataclasses.replace(config, data=str(tmp_path / "other.txt")), splits.names)
+
+
+def test_evaluate_on_another_alphabet_and_on_the_text_it_learned_from(tmp_path, cornucopia):
+    (tmp_path / "lines.txt").write_text(LINES * 20)
+    (tmp_path / "other.txt").write_text("Größe: to be 🙂\n" * 20)
+    cornucopia("train", "generative.write", "--data=lines.txt", "--epochs=1", "--batch=8", "--context=16", "--layers=1",
+               "--heads=2", "--width=16", "--no-xla")  # fmt: skip
+    done = cornucopia("evaluate", "generative.write", "--data=other.txt")
+    told = "on other.txt: all of it, 300 characters in windows of 16 tokens; 180 bytes that no token of the model fits"
+    assert told in done.stdout
+    done = cornucopia("evaluate", "generative.write", "--data=lines.txt")
+    assert "on lines.txt: the last tenth, 176 characters in windows of 16 tokens\n" in done.stdout
 
 
 def test_corpus_of_files_folders_and_archives(tmp_path):

@@ -1,7 +1,8 @@
 """Text generation: go on from a prompt, or say how probable a text is.
 
 Data      a text file, or a folder or archive of *.txt files; `tinyshakespeare`
-Model     a decoder-only transformer from scratch over characters, bytes or subwords; rotary positions, pre-norm
+Model     a decoder-only transformer from scratch over characters, bytes or subwords; rotary positions, pre-norm;
+          or a pretrained one, a KerasHub preset that is learned further, all of it or by LoRA (--backbone)
 Endpoint  prompt, max_tokens, temperature, top_k, top_p, seed -> text, tokens, log_probability, unknown
           signature `score`: text -> log_probability, tokens, unknown
 """
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,10 +37,14 @@ class Config(run.Config):
     width: int = 96  # of the stream that the blocks add to
     history: int = 4  # how many of the newest tokens the network's input tells of at each place
     dropout: float = 0.0  # share of what a block adds that training drops
+    # Folder of a KerasHub preset to go on from: a causal language model whose tokens are made of bytes, as those of
+    # GPT-2, OPT and Llama 3 are; of the fields above it heeds --context alone.
+    backbone: str = ""
+    lora: int = 0  # with a backbone: rank of what is added to the attention's matrices and alone learns; 0: all learns
     epochs: int = 3  # passes over the training text
     batch: int = 16  # windows in a step
-    optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps
-    rate: float = 0.008  # peak learning rate; for AdamW rather 0.003
+    optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps; backbones take AdamW
+    rate: float = 0.0  # peak learning rate; 0: 0.008, for AdamW 0.003, with a backbone 0.0001, by LoRA 0.001
     decay: float = 0.1  # weight decay; with Muon of its matrices alone
     xla: bool = True  # compile the steps: some seconds first, then a fifth faster
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
@@ -47,13 +53,14 @@ class Config(run.Config):
 SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16, xla=False)
 EXPECT = {"": {"loss": 1.13}, "tinyshakespeare": {"loss": 1.555}}
 NAMED = ("tinyshakespeare",)
+MOST = 4096  # tokens that one request may ask for
 
 
 def load(config: Config) -> data.Splits:
     text, about = _read(config)
     cut = int(0.9 * len(text))  # as nanoGPT does
-    tokens = Tokens(_vocabulary(config, text, learned=text[:cut]))
-    learned, test = (_encode(tokens, part) for part in (text[:cut], text[cut:]))
+    tokens = _of_backbone(config.backbone) if config.backbone else Tokens(_vocabulary(config, text, learned=text[:cut]))
+    (learned, _), (test, unknown) = (_encode(tokens, part) for part in (text[:cut], text[cut:]))
     window = config.context
     # The beginning of what may be learned from: its end is of one piece with the test, which shares its names.
     held = config.batch * window * max(1, round(0.03 * len(learned) / (config.batch * window)))
@@ -89,9 +96,44 @@ def load(config: Config) -> data.Splits:
         request=_request(text[cut:]),
         about={
             **about,
-            "protocol": f"{about['protocol']}, {len(text) - cut:,} characters in windows of {window} tokens",
+            "backbone": Path(config.backbone).name,
+            "protocol": _protocol(config, about["protocol"], text[cut:], unknown),
         },
     )  # fmt: skip
+
+
+def load_other(config: Config, names: Sequence[str]) -> data.Splits:
+    """Another text, to measure a saved model on: in the model's own tokens, what it cannot read passed over."""
+    text, about = _read(config)
+    part = "all of it"
+    if config.data in NAMED:
+        text, part = text[int(0.9 * len(text)) :], about["protocol"]
+    if config.backbone:
+        tokens = _of_backbone(config.backbone)
+    elif config.tokens == "bytes":
+        tokens = Tokens(_vocabulary(config, "", learned=""))
+    else:
+        tokens = Tokens([name.encode() for name in names[1:]])
+    ids, unknown = _encode(tokens, text)
+    if len(ids) < 2:
+        raise ValueError(f"the model can read {len(ids)} tokens of {about['data']}; give a longer text in its alphabet")
+    test = _windows(ids, dataclasses.replace(config, batch=32))
+    return data.Splits(
+        stream=lambda step: test.repeat(),
+        steps=len(test),
+        train=test.take(0),
+        validation=test.take(0),
+        test=test,
+        preprocess=tokens,
+        names=tokens.names,
+        request=_request(text),
+        about={**about, "protocol": _protocol(config, part, text, unknown)},
+    )
+
+
+def _protocol(config: Config, part: str, text: str, unknown: int) -> str:
+    told = f"{part}, {len(text):,} characters in windows of {config.context} tokens"
+    return told + (f"; {unknown:,} bytes that no token of the model fits were passed over" if unknown else "")
 
 
 def _read(config: Config) -> tuple[str, dict[str, str]]:
@@ -117,10 +159,10 @@ def _read(config: Config) -> tuple[str, dict[str, str]]:
     return text, {"data": config.data, "protocol": "the last tenth", "limits": limits}
 
 
-def _encode(tokens: "Tokens", text: str, chunk: int = 1 << 21) -> np.ndarray:
-    """Token ids of a long text, a chunk of its characters at a time."""
-    parts = [text[at : at + chunk].encode() for at in range(0, len(text), chunk)]
-    return np.concatenate([tokens(tf.constant([part])).values.numpy() for part in parts])
+def _encode(tokens: "Tokens", text: str, chunk: int = 1 << 21) -> tuple[np.ndarray, int]:
+    """Token ids of a long text, a chunk of its characters at a time, and how many bytes no token fits."""
+    parts = [tokens.read(tf.constant([text[at : at + chunk].encode()])) for at in range(0, len(text), chunk)]
+    return np.concatenate([ids.values.numpy() for ids, _ in parts]), sum(int(unknown[0]) for _, unknown in parts)
 
 
 def _windows(ids: np.ndarray, config: Config) -> tf.data.Dataset:
@@ -192,11 +234,14 @@ class Tokens(tf.Module):
     Characters, bytes and subwords differ only in the vocabulary. Id 0 is what no token fits, one id a byte.
     """
 
+    unknown = 0
+
     def __init__(self, vocabulary: Sequence[bytes]):
         super().__init__()
         pieces = ["\ufffd".encode(), *vocabulary]
         self.names = tuple(piece.decode(errors="backslashreplace") for piece in pieces)
         self.pieces = tf.constant(pieces)
+        self.written = tf.range(len(pieces)) > 0  # tokens that may be written
         self.longest = max(len(piece) for piece in vocabulary)
         # How many characters a token spells: the bytes in it that begin one.
         self.characters = np.array([1] + [sum(code & 0xC0 != 0x80 for code in piece) for piece in vocabulary])
@@ -212,6 +257,7 @@ class Tokens(tf.Module):
                 node = following[node][code]
             endings[node] = index
         self.following, self.endings = tf.constant(np.ravel(following), tf.int32), tf.constant(endings)
+        self.start = self(tf.constant(["\n"])).values[:1]  # every text is read as the beginning of a line
 
     def __call__(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """Token ids of texts [batch], as int32 [batch, (token)]."""
@@ -239,6 +285,12 @@ class Tokens(tf.Module):
             jump, done = tf.gather(jump, jump), 2 * done
         return tf.ragged.boolean_mask(best, (tf.reshape(begins, [-1, size + 1])[:, :size] > 0) & inside)
 
+    def read(self, texts: tf.Tensor) -> tuple[tf.RaggedTensor, tf.Tensor]:
+        """Token ids of texts [batch], as int32 [batch, (token)], and of each text how many bytes no token fits."""
+        ids = self(texts)
+        known = ids > self.unknown
+        return tf.ragged.boolean_mask(ids, known), tf.reduce_sum(tf.cast(~known, tf.int32), axis=1)
+
     def text(self, ids: tf.Tensor) -> tf.Tensor:
         """What token ids [..., token] spell, as strings [...]."""
         return self.whole(tf.strings.reduce_join(tf.gather(self.pieces, ids), axis=-1))
@@ -248,12 +300,94 @@ class Tokens(tf.Module):
         return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
 
 
+class BytePairs(Tokens):
+    """A backbone's own tokenizer, inside the graph. Id -1 is what no token fits; what marks a text's end is no token.
+
+    A text that spells such a mark is read as the letters that it is: marks are for programs, not for who writes.
+    """
+
+    unknown = -1
+    lost = r"[\x00६]"  # KerasHub's tokenizer has uses of its own for these
+
+    def __init__(self, tokenizer):
+        tf.Module.__init__(self)
+        tokenizer.unsplittable_tokens = []
+        tokenizer.cache = _Forgetful()
+        self.tokenizer = tokenizer
+        marks = set(tokenizer.special_token_ids)
+        spelled = tf.function(tokenizer.detokenize)(tf.range(tokenizer.vocabulary_size())[:, None]).numpy()
+        pieces = [b"" if token in marks else piece for token, piece in enumerate(spelled)]
+        self.names = tuple(piece.decode(errors="backslashreplace") for piece in pieces)
+        self.pieces = tf.constant(pieces)
+        self.written = self.pieces != b""
+        self.characters = np.array([sum(code & 0xC0 != 0x80 for code in piece) for piece in pieces])
+        self.start = tf.constant([tokenizer.start_token_id or tokenizer.end_token_id])
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def __call__(self, texts):
+        return self.tokenizer(tf.strings.regex_replace(self.whole(texts), self.lost, ""))
+
+    def read(self, texts):
+        ids, unknown = super().read(texts)
+        texts = self.whole(texts)
+        lost = tf.strings.length(texts) - tf.strings.length(tf.strings.regex_replace(texts, self.lost, ""))
+        return ids, unknown + lost
+
+
+class _Forgetful:
+    """Stands in for the table where KerasHub's tokenizer keeps all words that it met: a server's would grow for ever.
+
+    The tokenizer looks words up, inserts those that it did not find, and looks all up again.
+    """
+
+    found = None
+
+    def lookup(self, words):
+        found, self.found = self.found, None
+        return tf.fill(tf.shape(words), "") if found is None else found
+
+    def insert(self, words, found):
+        self.found = found
+
+
+@functools.cache
+def _of_backbone(folder: str) -> BytePairs:
+    """The tokens of a backbone.
+
+    Raises:
+        FileNotFoundError, ValueError: no backbone is in the folder, or one of another kind.
+    """
+    import keras_hub
+
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"--backbone={folder} holds no config.json; expected a folder that save_to_preset made")
+    taken = "expected the preset of a causal language model whose tokens are bytes, such as GPT-2, OPT or Llama 3"
+    try:
+        tokenizer = keras_hub.models.CausalLMPreprocessor.from_preset(folder).tokenizer
+    except ValueError as error:
+        raise ValueError(f"--backbone={folder} writes no text ({error}); {taken}") from error
+    if not isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
+        raise ValueError(f"--backbone={folder} has a {type(tokenizer).__name__}; {taken}")
+    return BytePairs(tokenizer)
+
+
 def build(config: Config, splits: data.Splits) -> keras.Model:
+    if config.lora and not config.backbone:
+        raise ValueError(f"--lora={config.lora} is for a backbone; give --backbone=FOLDER, or leave it out")
     if config.width % (2 * config.heads):
         raise ValueError(f"--width={config.width} must be a multiple of twice --heads={config.heads}")
-    model = _connected(config, _layers(config, len(splits.names)))
-    rate = training.cosine(config, splits, rate=config.rate)
-    if config.optimizer == "muon":
+    if config.backbone:
+        model = _pretrained(config, len(splits.names), dtype=keras.config.dtype_policy().name)
+        if config.lora:
+            _adapt(model, rank=config.lora)
+    else:
+        model = _connected(config, _layers(config, len(splits.names)))
+    muon = config.optimizer == "muon" and not config.backbone
+    usual = 0.008 if muon else 0.003
+    if config.backbone:
+        usual = 1e-3 if config.lora else 1e-4
+    rate = training.cosine(config, splits, rate=config.rate or usual)
+    if muon:
         # It orthogonalises the updates of matrices inside the network; tables, scales and logits go by Adam.
         optimizer = keras.optimizers.Muon(
             rate, weight_decay=config.decay, adam_weight_decay=0.0, adam_beta_2=0.98, exclude_layers=["logits"]
@@ -262,6 +396,34 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
         optimizer = keras.optimizers.AdamW(rate, weight_decay=config.decay, beta_2=0.98)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=config.xla)
     return model
+
+
+def _pretrained(config: Config, count: int, **options) -> keras.Model:
+    """A backbone on whole texts, as `_connected` is: token ids [batch, time] -> logits [batch, time, token]."""
+    import keras_hub
+
+    options |= {"preprocessor": None, "compile": False, "name": "causal"}
+    causal = keras_hub.models.CausalLM.from_preset(config.backbone, **options)
+    if config.context > _span(causal):
+        raise ValueError(f"--context={config.context}: the backbone reads {_span(causal)} tokens at most")
+    token_ids = keras.Input([None], dtype="int32", name="token_ids")
+    logits = causal({"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)})
+    # A preset may have more outputs than tokens, to a round number.
+    return keras.Model(token_ids, ops.cast(logits[..., :count], "float32"), name="pretrained")
+
+
+def _adapt(model: keras.Model, *, rank: int) -> None:
+    """Low-rank adaptation (Hu et al. 2021) of the backbone's queries and values; nothing else learns."""
+    causal = model.get_layer("causal")
+    causal.backbone.enable_lora(rank)
+    for layer in causal._flatten_layers():
+        if getattr(layer, "lora_enabled", False) and layer.bias is not None:
+            layer.bias.trainable = False  # KerasHub lets it learn
+
+
+def _span(causal) -> int:
+    """How many tokens a backbone reads at most; one that tells positions by rotation has no end, but takes its time."""
+    return getattr(causal.backbone, "max_sequence_length", 2 * MOST)
 
 
 def _connected(config: Config, layers: dict[str, keras.layers.Layer]) -> keras.Model:
@@ -336,6 +498,12 @@ train = training.fit
 
 def _as_served(config: Config, model: keras.Model) -> keras.Model:
     """The network in float32, whatever it learned in: a token at a time, less precision is slower and no better."""
+    if config.backbone:
+        twin = _pretrained(config, model.output_shape[-1], dtype="float32", load_weights=False)
+        with tempfile.TemporaryDirectory() as folder:  # what LoRA learned goes into the matrices on the way
+            model.get_layer("causal").save_weights(f"{folder}/.weights.h5")
+            twin.get_layer("causal").load_weights(f"{folder}/.weights.h5")
+        return twin
     twin = _connected(config, _layers(config, model.output_shape[-1], dtype="float32"))
     twin.set_weights(model.get_weights())
     return twin
@@ -390,13 +558,12 @@ def witten_bell(train: np.ndarray, test: np.ndarray, *, order: int) -> np.ndarra
 
 
 class Endpoint(tf.Module):
-    MOST = 4096  # tokens that one request may ask for
-
     def __init__(self, config: Config, model: keras.Model, splits: data.Splits):
         super().__init__()
         self.config, self.model, self.tokens = config, _as_served(config, model), splits.preprocess
         self.layers = {layer.name: layer for layer in self.model.layers}
-        self.start = self.tokens(tf.constant(["\n"])).values[:1]  # every text is read as the beginning of a line
+        self.span = _span(self.layers["causal"]) if config.backbone else 2 * MOST
+        self.most = min(MOST, self.span - 1)
 
     @property
     def signatures(self):
@@ -414,37 +581,34 @@ class Endpoint(tf.Module):
     )
     def __call__(self, prompt, max_tokens, temperature, top_k, top_p, seed):
         check = tf.debugging.Assert
-        check(tf.reduce_all((max_tokens >= 0) & (max_tokens <= self.MOST)), [f"max_tokens must be 0 to {self.MOST}"])
+        most = self.most
+        check(tf.reduce_all((max_tokens >= 0) & (max_tokens <= most)), [f"max_tokens must be 0 to {most}"])
         check(tf.reduce_all((temperature >= 0) & (temperature < 1e6)), ["temperature must be 0 or more"])
         check(tf.reduce_all(top_k >= 0), ["top_k must be 0, for all tokens, or more"])
         check(tf.reduce_all((top_p > 0) & (top_p <= 1)), ["top_p must be above 0, and 1 at most"])
         read, unknown = self._read(prompt)
-        # No layer looks further back than `context` tokens, so the last one sees nothing beyond this.
-        read = read[:, -(self.config.layers * self.config.context + self.config.history) :]
+        read = self._newest(read, max_tokens)
         lengths = tf.cast(read.row_lengths(), tf.int32)
         total = tf.maximum(tf.reduce_max(lengths + max_tokens), 1)
         ids = tf.transpose(read.to_tensor(shape=tf.stack([-1, total])))  # [time, batch]
         # Drawn for a row by its own seed, so that an answer does not depend on what else is in the batch.
         draws = tf.map_fn(
-            lambda one: tf.random.stateless_uniform([self.MOST], tf.stack([one, 0])), seed,
-            fn_output_signature=tf.TensorSpec([self.MOST], tf.float32),
+            lambda one: tf.random.stateless_uniform([MOST], tf.stack([one, 0])), seed,
+            fn_output_signature=tf.TensorSpec([MOST], tf.float32),
         )  # fmt: skip
 
         def body(time, ids, nats, cache):
             logits, cache = self._step(ids, time, cache)
-            draw = tf.gather(draws, tf.clip_by_value(time + 1 - lengths, 0, self.MOST - 1), axis=1, batch_dims=1)
-            chosen = choose(logits, temperature, top_k, top_p, draw)
+            draw = tf.gather(draws, tf.clip_by_value(time + 1 - lengths, 0, MOST - 1), axis=1, batch_dims=1)
+            chosen = choose(logits, temperature, top_k, top_p, draw, self.tokens.written)
             gained = tf.gather(tf.nn.log_softmax(logits), chosen, axis=1, batch_dims=1)
             given = time + 1 < lengths
             ids = tf.tensor_scatter_nd_update(ids, [[time + 1]], [tf.where(given, ids[time + 1], chosen)])
             counts = ~given & (time + 1 < lengths + max_tokens)
             return time + 1, ids, nats + tf.where(counts, gained, 0.0), cache
 
-        batch, heads, span = tf.size(lengths), self.config.heads, self.config.context
-        size = self.config.width // heads
-        shapes = [batch, heads, size, span], [batch, heads, span, size]  # of keys and of values
-        cache = [tf.zeros(shape) for shape in shapes * self.config.layers]
-        state = (tf.constant(0), ids, tf.zeros_like(temperature), cache)
+        first, cache = self._begin(ids, lengths)
+        state = (first, ids, tf.zeros_like(temperature), cache)
         _, ids, nats, _ = tf.while_loop(lambda time, *_: time + 1 < total, body, state)
         at = tf.range(tf.maximum(tf.reduce_max(max_tokens), 0))  # [token]
         places = tf.minimum(lengths[:, None] + at, total - 1)
@@ -458,17 +622,39 @@ class Endpoint(tf.Module):
         }
 
     def _read(self, texts):
-        """Token ids [batch, (token)] after that of a new line, and how many bytes of each text no token fits."""
-        ids = self.tokens(texts)
-        unknown = tf.reduce_sum(tf.cast(ids == 0, tf.int32), axis=1)
-        begin = tf.repeat(self.start[None], tf.size(texts), axis=0)
-        return tf.concat([begin, tf.ragged.boolean_mask(ids, ids > 0)], axis=1), unknown
+        """Token ids [batch, (token)] after one for the beginning, and how many bytes of each text no token fits."""
+        ids, unknown = self.tokens.read(texts)
+        begin = tf.repeat(self.tokens.start[None], tf.size(texts), axis=0)
+        return tf.concat([begin, ids], axis=1), unknown
+
+    def _newest(self, read, max_tokens):
+        """Of prompts [batch, (token)] as many of the newest tokens as make a difference, or have room."""
+        if self.config.backbone:
+            room = self.span - max_tokens
+        else:  # no layer looks further back than `context` tokens, so the last one sees nothing beyond this
+            room = self.config.layers * self.config.context + self.config.history
+        lengths = tf.cast(read.row_lengths(), tf.int32)
+        return tf.gather(read, tf.ragged.range(tf.maximum(lengths - room, 0), lengths), batch_dims=1)
+
+    def _begin(self, ids, lengths):
+        """The time whose token comes to the network first, and the cache of what came before, for ids [time, batch]."""
+        if self.config.backbone:
+            # All at once, also what stands in the places to come: that is written over before it is looked at.
+            _, cache = self.layers["causal"]._build_cache(tf.transpose(ids))
+            return tf.reduce_min(lengths) - 1, cache
+        batch, heads, span = tf.size(lengths), self.config.heads, self.config.context
+        size = self.config.width // heads
+        shapes = [batch, heads, size, span], [batch, heads, span, size]  # of keys and of values
+        return tf.constant(0), [tf.zeros(shape) for shape in shapes * self.config.layers]
 
     def _step(self, ids, time, cache):
         """Logits [batch, token] after ids [time, batch] up to and with a time, and the cache with its keys and values.
 
-        The cache is a ring: the newest token takes the place of the one that lies `context` back.
+        The cache is a ring: the newest token takes the place of the one that lies `context` back. A backbone's is not.
         """
+        if self.config.backbone:
+            logits, _, cache = self.layers["causal"].call_with_cache(ids[time][:, None], cache, time)
+            return logits[:, 0, : len(self.tokens.names)], cache
         recent = [tf.where(time >= n, ids[tf.maximum(time - n, 0)], 0)[:, None] for n in range(self.config.history)]
         slots = tf.range(self.config.context)
         newest = slots == time % self.config.context
@@ -488,7 +674,7 @@ class Endpoint(tf.Module):
     def score(self, text):
         read, unknown = self._read(text)
         counts = tf.cast(read.row_lengths(), tf.int32) - 1
-        window = self.config.context
+        window = min(self.config.context, self.span // 2)
         windows = tf.maximum((tf.reduce_max(counts) + window - 1) // window, 1)
         ids = read.to_tensor(shape=tf.stack([-1, windows * window + 1]))
         # Windows side by side, each but the first with the one before it to look back on.
@@ -506,13 +692,13 @@ class Endpoint(tf.Module):
         }
 
 
-def choose(logits, temperature, top_k, top_p, draw):
+def choose(logits, temperature, top_k, top_p, draw, written):
     """One token id a row, by its own settings, each [batch]; `draw` is uniform in 0 to 1.
 
     The `top_k` most probable tokens stay (0: all); of them the fewest that reach `top_p` together (nucleus sampling,
-    Holtzman et al. 2020). Temperature 0 takes the most probable. Id 0, what no token fits, is never written.
+    Holtzman et al. 2020). Temperature 0 takes the most probable. Only tokens that `written` [token] tells are chosen.
     """
-    allowed = tf.concat([tf.fill([tf.shape(logits)[0], 1], logits.dtype.min), logits[:, 1:]], 1)
+    allowed = tf.where(written, logits, logits.dtype.min)
     ranked = tf.math.top_k(allowed, k=logits.shape[-1])
     rank = tf.range(logits.shape[-1])
     stays = (rank < top_k[:, None]) | (top_k[:, None] == 0)
