@@ -189,8 +189,8 @@ def test_writing_with_the_cache_equals_the_plain_network_token_by_token(tokens, 
         for place in range(4 * config.context):
             logits = model(np.array([ids]))[:, -1]
             one = {name: value[:1] for name, value in given.items() if name in ("temperature", "top_k", "top_p")}
-            one |= {"draw": draws[place : place + 1], "written": splits.preprocess.written}
-            ids.append(int(write.choose(logits, **one)[0]))
+            choose = write.chooser(**one, written=splits.preprocess.written)
+            ids.append(int(choose(logits, draws[place : place + 1])[0]))
             nats.append(float(tf.nn.log_softmax(logits)[0, ids[-1]]))
             assert splits.preprocess.pieces[ids[-1]] == answer["tokens"][row, place], (prompt, place)
         assert float(answer["log_probability"][row]) == pytest.approx(np.mean(nats), abs=1e-4)
@@ -219,8 +219,8 @@ def test_choice_by_hand():
     logits = tf.math.log([[0.0001, 0.5, 0.1, 0.3, 0.0999]])  # id 0 is never written
 
     def chosen(draw, temperature=1.0, top_k=0, top_p=1.0):
-        at = [tf.constant([value]) for value in (temperature, top_k, top_p, draw)]
-        return int(write.choose(logits, *at, tf.range(5) > 0)[0])
+        at = [tf.constant([value]) for value in (temperature, top_k, top_p)]
+        return int(write.chooser(*at, tf.range(5) > 0)(logits, tf.constant([draw]))[0])
 
     assert [chosen(draw) for draw in (0.0, 0.49, 0.51, 0.79, 0.81, 0.89, 0.91, 0.9999999)] == [1, 1, 3, 3, 2, 2, 4, 4]
     assert [chosen(draw, temperature=0.0) for draw in (0.0, 0.9999999)] == [1, 1]
@@ -375,6 +375,7 @@ def test_a_backbone_writes_with_its_cache_as_without_token_by_token(tmp_path, ki
     types = {name: value.dtype for name, value in settings().items()}
     given = {name: tf.cast(values, types[name]) for name, values in asked.items()}
     prompts = ["To be", "", "thé 🙂", LINES]  # of the last there is room for a part
+    plain = tf.function(model, input_signature=[tf.TensorSpec([None, None], tf.int32)])
     answer = endpoint(tf.constant(prompts), **given)
     for row, prompt in enumerate(prompts):
         count = asked["max_tokens"][row]
@@ -383,10 +384,10 @@ def test_a_backbone_writes_with_its_cache_as_without_token_by_token(tmp_path, ki
         draws = tf.random.stateless_uniform([write.MOST], [asked["seed"][row], 0])
         nats = []
         for place in range(count):
-            logits = model(np.array([ids]))[:, -1]
+            logits = plain(np.array([ids], np.int32))[:, -1]
             one = {name: given[name][row : row + 1] for name in ("temperature", "top_k", "top_p")}
-            one |= {"draw": draws[place : place + 1], "written": splits.preprocess.written}
-            ids.append(int(write.choose(logits, **one)[0]))
+            choose = write.chooser(**one, written=splits.preprocess.written)
+            ids.append(int(choose(logits, draws[place : place + 1])[0]))
             nats.append(float(tf.nn.log_softmax(logits)[0, ids[-1]]))
             assert splits.preprocess.pieces[ids[-1]] == answer["tokens"][row, place], (prompt, place)
         assert float(answer["log_probability"][row]) == pytest.approx(np.mean(nats) if nats else 0, abs=1e-4)
@@ -526,8 +527,10 @@ def test_the_cache_pays():
     _, splits, _, _ = made("bytes")
     model = write.build(config, splits)
     endpoint = write.Endpoint(config, model, splits)
-    asked = settings(max_tokens=512, temperature=0.0)
     plain = tf.function(lambda ids: tf.argmax(model(ids)[:, -1], -1, tf.int32), reduce_retracing=True)
+
+    def cached():
+        endpoint(tf.constant(["a"]), **settings(max_tokens=512, temperature=0.8))
 
     def without():
         ids = tf.constant([[1]])
@@ -539,8 +542,8 @@ def test_the_cache_pays():
         work()
         return time.perf_counter() - begun
 
-    seconds(lambda: endpoint(tf.constant(["a"]), **asked))  # traces
+    seconds(cached)  # traces
     plain(tf.ones([1, 1], tf.int32)), plain(tf.ones([1, 2], tf.int32))
-    times = {"with": seconds(lambda: endpoint(tf.constant(["a"]), **asked)), "without": seconds(without)}
+    times = {"with": min(seconds(cached) for _ in range(4)), "without": min(seconds(without) for _ in range(2))}
     print(f"512 tokens: {times['with']:.2f} s with the cache, {times['without']:.2f} s without")
-    assert times["without"] > 4 * times["with"]  # 6.4 on a busy machine, with a wider network; 10 is the aim
+    assert times["without"] > 10 * times["with"]  # the best of some, for other work may take the processor

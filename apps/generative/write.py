@@ -429,12 +429,28 @@ def _span(causal) -> int:
 def _connected(config: Config, layers: dict[str, keras.layers.Layer]) -> keras.Model:
     """The network on whole texts: token ids [batch, time] -> logits [batch, time, token] of what comes next."""
     token_ids = keras.Input([None], dtype="int32", name="token_ids")
+    x = layers["token_embedding"](token_ids)
+    for n in range(1, config.history):
+        x = x + layers[f"earlier_embedding_{n}"](ops.pad(token_ids, [[0, 0], [n, 0]])[:, :-n])
+
     positions = ops.cumsum(ops.ones_like(token_ids[:1, :]), axis=1) - 1  # [1, time]
     back = positions[:, None, :, None] - positions[:, None, None, :]
     seen = ops.logical_and(back >= 0, back < config.context)  # [1, 1, time, time]
-    recent = [token_ids] + [ops.pad(token_ids, [[0, 0], [n, 0]])[:, :-n] for n in range(1, config.history)]
-    logits = _network(config, layers, recent, positions, seen, lambda block, keys, values: (keys, values))
-    return keras.Model(token_ids, logits, name="transformer")
+    cosine, sine = (ops.cast(part[:, None], x.dtype) for part in _turns(config, positions))  # [1, 1, time, size]
+    for n in range(config.layers):
+        y = layers[f"queries_keys_values_{n}"](ops.rms_normalization(x))
+        parts = ops.split(y, 3 * config.heads, axis=-1)
+        values = ops.stack(parts[2 * config.heads :], axis=1)  # [batch, head, time, size]
+        y = ops.rms_normalization(ops.stack(parts[: 2 * config.heads], axis=1))
+        y = y * cosine + ops.concatenate(ops.split(y, 2, axis=-1)[::-1], axis=-1) * sine
+        queries, keys = ops.split(y, 2, axis=1)
+        products = ops.matmul(queries, ops.swapaxes(keys, -1, -2))
+        shares = ops.softmax(ops.where(seen, products, -1e9))  # [batch, head, time, key]
+        y = ops.concatenate(ops.unstack(ops.matmul(shares, values), axis=1), axis=-1)  # [batch, time, width]
+        x = x + layers[f"dropout_{2 * n}"](layers[f"attended_{n}"](y))
+        y = ops.square(ops.relu(layers[f"wide_{n}"](ops.rms_normalization(x))))
+        x = x + layers[f"dropout_{2 * n + 1}"](layers[f"narrow_{n}"](y))
+    return keras.Model(token_ids, layers["logits"](ops.rms_normalization(x)), name="transformer")
 
 
 def _layers(config: Config, count: int, *, dtype: str | None = None) -> dict[str, keras.layers.Layer]:
@@ -456,41 +472,17 @@ def _layers(config: Config, count: int, *, dtype: str | None = None) -> dict[str
     return {layer.name: layer for layer in layers}
 
 
-def _network(config: Config, layers, recent, positions, seen, remember):
-    """Logits [batch, time, token].
+def _turns(config: Config, positions):
+    """Cosines and sines [..., size of a head] that turn queries and keys by their positions (Su et al. 2021).
 
-    Args:
-        recent: token ids [batch, time], and those one place back, two places back, up to `config.history` of them.
-        positions: of the tokens, [1, time].
-        seen: which keys a query may look at, [1, 1, time, key].
-        remember: block, new keys [batch, head, size, time], new values [batch, head, time, size] -> all of them.
+    The product of a query and a key then depends on their distance alone. Both have unit variance before and shrink
+    here, so that their product is what division by sqrt(size) makes it.
     """
     size = config.width // config.heads
-    x = layers["token_embedding"](recent[0])
-    for n, before in enumerate(recent[1:], start=1):
-        x = x + layers[f"earlier_embedding_{n}"](before)
-
     turns = np.tile(10_000.0 ** (-np.arange(size // 2, dtype=np.float32) * 2 / size), 2)
-    angles = ops.cast(positions, "float32")[:, None, :, None] * turns  # [1, 1, time, size]
-    # Unit variance before, so that this makes the products of queries and keys what division by sqrt(size) makes them.
-    cosine = ops.cast(ops.cos(angles) * size**-0.25, x.dtype)
-    sine = ops.cast(ops.sin(angles) * np.repeat([-(size**-0.25), size**-0.25], size // 2).astype(np.float32), x.dtype)
-
-    for n in range(config.layers):
-        y = layers[f"queries_keys_values_{n}"](ops.rms_normalization(x))
-        parts = ops.split(y, 3 * config.heads, axis=-1)
-        values = ops.stack(parts[2 * config.heads :], axis=1)  # [batch, head, time, size]
-        # Rotary positions (Su et al. 2021): the product of a query and a key then depends on their distance alone.
-        y = ops.rms_normalization(ops.stack(parts[: 2 * config.heads], axis=1))
-        y = y * cosine + ops.concatenate(ops.split(y, 2, axis=-1)[::-1], axis=-1) * sine
-        queries, keys = ops.split(y, 2, axis=1)
-        keys, values = remember(n, ops.swapaxes(keys, -1, -2), values)
-        shares = ops.softmax(ops.where(seen, ops.matmul(queries, keys), -1e9))  # [batch, head, time, key]
-        y = ops.concatenate(ops.unstack(ops.matmul(shares, values), axis=1), axis=-1)  # [batch, time, width]
-        x = x + layers[f"dropout_{2 * n}"](layers[f"attended_{n}"](y))
-        y = ops.square(ops.relu(layers[f"wide_{n}"](ops.rms_normalization(x))))
-        x = x + layers[f"dropout_{2 * n + 1}"](layers[f"narrow_{n}"](y))
-    return layers["logits"](ops.rms_normalization(x))
+    angles = ops.cast(positions, "float32")[..., None] * turns
+    signs = np.repeat([-1, 1], size // 2).astype(np.float32)
+    return ops.cos(angles) * size**-0.25, ops.sin(angles) * (signs * size**-0.25)
 
 
 train = training.fit
@@ -597,17 +589,21 @@ class Endpoint(tf.Module):
             fn_output_signature=tf.TensorSpec([MOST], tf.float32),
         )  # fmt: skip
 
-        def body(time, ids, nats, cache):
-            logits, cache = self._step(ids, time, cache)
-            draw = tf.gather(draws, tf.clip_by_value(time + 1 - lengths, 0, MOST - 1), axis=1, batch_dims=1)
-            chosen = choose(logits, temperature, top_k, top_p, draw, self.tokens.written)
-            gained = tf.gather(tf.nn.log_softmax(logits), chosen, axis=1, batch_dims=1)
-            given = time + 1 < lengths
-            ids = tf.tensor_scatter_nd_update(ids, [[time + 1]], [tf.where(given, ids[time + 1], chosen)])
-            counts = ~given & (time + 1 < lengths + max_tokens)
-            return time + 1, ids, nats + tf.where(counts, gained, 0.0), cache
+        first, cache, step = self._begin(ids, lengths)
+        choose = chooser(temperature, top_k, top_p, self.tokens.written)
 
-        first, cache = self._begin(ids, lengths)
+        def body(time, ids, nats, cache):
+            logits, cache = step(ids, time, cache)
+            following = time + 1
+            draw = tf.gather(draws, tf.clip_by_value(following - lengths, 0, MOST - 1), axis=1, batch_dims=1)
+            chosen = choose(logits, draw)
+            gained = tf.gather(tf.nn.log_softmax(logits), chosen, axis=1, batch_dims=1)
+            given = following < lengths
+            newest = tf.where(given, tf.gather(ids, following), chosen)
+            ids = tf.tensor_scatter_nd_update(ids, tf.reshape(following, [1, 1]), newest[None])
+            counts = ~given & (following < lengths + max_tokens)
+            return following, ids, nats + tf.where(counts, gained, 0.0), cache
+
         state = (first, ids, tf.zeros_like(temperature), cache)
         _, ids, nats, _ = tf.while_loop(lambda time, *_: time + 1 < total, body, state)
         at = tf.range(tf.maximum(tf.reduce_max(max_tokens), 0))  # [token]
@@ -637,38 +633,70 @@ class Endpoint(tf.Module):
         return tf.gather(read, tf.ragged.range(tf.maximum(lengths - room, 0), lengths), batch_dims=1)
 
     def _begin(self, ids, lengths):
-        """The time whose token comes to the network first, and the cache of what came before, for ids [time, batch]."""
-        if self.config.backbone:
-            # All at once, also what stands in the places to come: that is written over before it is looked at.
-            _, cache = self.layers["causal"]._build_cache(tf.transpose(ids))
-            return tf.reduce_min(lengths) - 1, cache
-        batch, heads, span = tf.size(lengths), self.config.heads, self.config.context
-        size = self.config.width // heads
-        shapes = [batch, heads, size, span], [batch, heads, span, size]  # of keys and of values
-        return tf.constant(0), [tf.zeros(shape) for shape in shapes * self.config.layers]
+        """How writing after prompts of some lengths [batch] begins, where ids [time, batch] are to be.
 
-    def _step(self, ids, time, cache):
-        """Logits [batch, token] after ids [time, batch] up to and with a time, and the cache with its keys and values.
-
-        The cache is a ring: the newest token takes the place of the one that lies `context` back. A backbone's is not.
+        Returns:
+            The time whose token comes to the network first, the cache of what came before, and a function: ids, time,
+            cache -> logits [batch, token] after the ids up to and with that time, and the cache with what it added.
         """
         if self.config.backbone:
-            logits, _, cache = self.layers["causal"].call_with_cache(ids[time][:, None], cache, time)
-            return logits[:, 0, : len(self.tokens.names)], cache
-        recent = [tf.where(time >= n, ids[tf.maximum(time - n, 0)], 0)[:, None] for n in range(self.config.history)]
-        slots = tf.range(self.config.context)
-        newest = slots == time % self.config.context
-        renewed = []
+            causal = self.layers["causal"]
 
-        def remember(block, keys, values):
-            renewed.append(tf.where(newest, keys, cache[2 * block]))
-            renewed.append(tf.where(newest[:, None], values, cache[2 * block + 1]))
-            return renewed[-2:]
+            def step(ids, time, cache):
+                logits, _, cache = causal.call_with_cache(ids[time][:, None], cache, time)
+                return logits[:, 0, : len(self.tokens.names)], cache
 
-        logits = _network(
-            self.config, self.layers, recent, time[None, None], (slots <= time)[None, None, None], remember
-        )
-        return logits[:, 0], renewed
+            # All at once, also what stands in the places to come: that is written over before it is looked at.
+            return tf.reduce_min(lengths) - 1, causal._build_cache(tf.transpose(ids))[1], step
+
+        batch, heads, span = tf.size(lengths), self.config.heads, self.config.context
+        size = self.config.width // heads
+        empty = tf.zeros([span, batch, heads, size])
+        return tf.constant(0), [empty] * 2 * self.config.layers, self._stepper(tf.shape(ids)[0])
+
+    def _stepper(self, total):
+        """What `_connected` does, for one token after the other, up to `total`: in few operations, for each takes its
+        time, however small it is.
+
+        The cache is a ring: the newest token takes the place of the one that lies `context` back.
+        """
+        config, layers = self.config, self.layers
+        size, slots = config.width // config.heads, tf.range(config.context)
+        names = ["token_embedding", *[f"earlier_embedding_{n}" for n in range(1, config.history)]]
+        tables = tf.concat([layers[name].embeddings for name in names], 0)
+        back = np.arange(config.history)[:, None]
+        weights = {name: tf.convert_to_tensor(one.kernel) for name, one in layers.items() if hasattr(one, "kernel")}
+        bias = tf.convert_to_tensor(layers["logits"].bias)
+        cosines, sines = _turns(config, tf.range(total))  # [time, size]
+
+        def norm(x):
+            return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + keras.config.epsilon())
+
+        def step(ids, time, cache):
+            recent = tf.gather(ids, tf.maximum(time - back[:, 0], 0))  # [history, batch]
+            recent = tf.where(time >= back, recent, 0) + back * len(self.tokens.names)
+            x = tf.reduce_sum(tf.gather(tables, recent), 0)  # [batch, width]
+            cosine, sine = tf.gather(cosines, time), tf.gather(sines, time)
+            slot = tf.reshape(time % config.context, [1, 1])
+            unseen = tf.reshape(tf.where(slots <= time, 0.0, -1e9), [-1, 1, 1])
+            renewed = []
+            for n in range(config.layers):
+                y = tf.reshape(norm(x) @ weights[f"queries_keys_values_{n}"], [-1, 3 * config.heads, size])
+                y, values = tf.split(y, [2 * config.heads, config.heads], 1)
+                y = norm(y)
+                y = y * cosine + tf.concat(tf.split(y, 2, -1)[::-1], -1) * sine
+                queries, keys = tf.split(y, 2, 1)
+                keys = tf.tensor_scatter_nd_update(cache[2 * n], slot, keys[None])  # [slot, batch, head, size]
+                values = tf.tensor_scatter_nd_update(cache[2 * n + 1], slot, values[None])
+                renewed += [keys, values]
+                # For one query, products and sums are faster than matrices. None is above sqrt(size): it has an exp.
+                shares = tf.exp(tf.reduce_sum(queries * keys, -1) + unseen)[..., None]
+                y = tf.reduce_sum(shares * values, 0) / tf.reduce_sum(shares, 0)  # [batch, head, size]
+                x = x + tf.reshape(y, [-1, config.width]) @ weights[f"attended_{n}"]
+                x = x + tf.square(tf.nn.relu(norm(x) @ weights[f"wide_{n}"])) @ weights[f"narrow_{n}"]
+            return tf.nn.bias_add(norm(x) @ weights["logits"], bias), renewed
+
+        return step
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
     def score(self, text):
@@ -692,20 +720,24 @@ class Endpoint(tf.Module):
         }
 
 
-def choose(logits, temperature, top_k, top_p, draw, written):
-    """One token id a row, by its own settings, each [batch]; `draw` is uniform in 0 to 1.
+def chooser(temperature, top_k, top_p, written):
+    """A function: logits [batch, token], draws [batch] from 0 to 1 -> a token id a row, by its own settings [batch].
 
     The `top_k` most probable tokens stay (0: all); of them the fewest that reach `top_p` together (nucleus sampling,
     Holtzman et al. 2020). Temperature 0 takes the most probable. Only tokens that `written` [token] tells are chosen.
     """
-    allowed = tf.where(written, logits, logits.dtype.min)
-    ranked = tf.math.top_k(allowed, k=logits.shape[-1])
-    rank = tf.range(logits.shape[-1])
+    rank = tf.range(tf.size(written))
     stays = (rank < top_k[:, None]) | (top_k[:, None] == 0)
     stays &= (rank == 0) | (temperature[:, None] > 0)
-    scaled = ranked.values / tf.maximum(temperature, 1e-6)[:, None]
-    shares = tf.nn.softmax(tf.where(stays, scaled - scaled[:, :1], -np.inf))
-    shares = tf.where(tf.cumsum(shares, axis=-1, exclusive=True) < top_p[:, None], shares, 0.0)
-    reached = tf.cumsum(shares, axis=-1)
-    place = tf.reduce_sum(tf.cast(reached <= draw[:, None] * reached[:, -1:], tf.int32), -1)
-    return tf.gather(ranked.indices, tf.minimum(place, logits.shape[-1] - 1), axis=1, batch_dims=1)
+    cold = 1 / tf.maximum(temperature, 1e-6)[:, None]
+
+    def choose(logits, draw):
+        ranked = tf.math.top_k(tf.where(written, logits, logits.dtype.min), k=logits.shape[-1])
+        shares = tf.where(stays, tf.exp((ranked.values - ranked.values[:, :1]) * cold), 0.0)  # of the first one's
+        before = tf.cumsum(shares, axis=-1, exclusive=True)
+        shares = tf.where(before < top_p[:, None] * tf.reduce_sum(shares, -1, keepdims=True), shares, 0.0)
+        reached = tf.cumsum(shares, axis=-1)
+        place = tf.reduce_sum(tf.cast(reached <= draw[:, None] * reached[:, -1:], tf.int32), -1)
+        return tf.gather(ranked.indices, tf.minimum(place, logits.shape[-1] - 1), axis=1, batch_dims=1)
+
+    return choose
