@@ -419,6 +419,8 @@ def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, 
     flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1", "--no-xla")
     done = cornucopia("train", "generative.write", *flags)
     assert "8 answers over gRPC equal the model in memory" in done.stdout
+    graph = (tmp_path / "saved_models" / "generative.write" / "1" / "saved_model.pb").read_bytes()
+    assert b"MutableHashTable" not in graph  # nothing that grows with what a server is sent
     with serving() as address:
         words = ("--prompt=To be 🙂", "--max-tokens=7", "--temperature=0", "--top-k=0", "--top-p=1", "--seed=1")
         done = cornucopia("ask", "generative.write", *words, f"--address={address}")

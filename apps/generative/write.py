@@ -312,6 +312,7 @@ class BytePairs(Tokens):
     def __init__(self, tokenizer):
         tf.Module.__init__(self)
         tokenizer.unsplittable_tokens = []
+        del tokenizer.cache  # else it would still be exported
         tokenizer.cache = _Forgetful()
         self.tokenizer = tokenizer
         marks = set(tokenizer.special_token_ids)
@@ -321,7 +322,8 @@ class BytePairs(Tokens):
         self.pieces = tf.constant(pieces)
         self.written = self.pieces != b""
         self.characters = np.array([sum(code & 0xC0 != 0x80 for code in piece) for piece in pieces])
-        self.start = tf.constant([tokenizer.start_token_id or tokenizer.end_token_id])
+        start = getattr(tokenizer, "start_token_id", None)  # some have none, and learned texts that follow an end
+        self.start = tf.constant([tokenizer.end_token_id if start is None else start])
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def __call__(self, texts):
