@@ -441,6 +441,8 @@ def test_backbones_that_are_not_taken(tmp_path):
     keras_hub.models.BertBackbone(vocabulary_size=9, **sizes).save_to_preset(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"(?s)encoder writes no text.*expected the preset of a causal language model"):
         write._of_backbone(str(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match=r"GPTNeoXCausalLM answers otherwise with its cache than without, by"):
+        from_backbone(tmp_path, "GPTNeoX")
     with pytest.raises(ValueError, match="--context=65: the backbone reads 64 tokens at most"):
         from_backbone(tmp_path, context=65, batch=1)
     with pytest.raises(ValueError, match="--lora=2 is for a backbone; give --backbone=FOLDER"):

@@ -380,6 +380,7 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
         raise ValueError(f"--width={config.width} must be a multiple of twice --heads={config.heads}")
     if config.backbone:
         model = _pretrained(config, len(splits.names), dtype=keras.config.dtype_policy().name)
+        _check_cache(model.get_layer("causal"), config.backbone)
         if config.lora:
             _adapt(model, rank=config.lora)
     else:
@@ -414,6 +415,18 @@ def _pretrained(config: Config, count: int, **options) -> keras.Model:
     return keras.Model(token_ids, ops.cast(logits[..., :count], "float32"), name="pretrained")
 
 
+def _check_cache(causal, folder: str) -> None:
+    """ValueError where a backbone answers otherwise with its cache than without: of some kinds KerasHub's do (0.32)."""
+    ids = np.arange(1, 9, dtype=np.int32)[None]
+    plain = ops.convert_to_numpy(ops.cast(causal({"token_ids": ids, "padding_mask": np.ones_like(ids)}), "float32"))
+    _, cache = causal._build_cache(ids)
+    steps = [causal.call_with_cache(ids[:, at : at + 1], cache, at)[0] for at in range(8)]
+    far = np.abs(ops.convert_to_numpy(ops.cast(ops.concatenate(steps, 1), "float32")) - plain).max() / plain.std()
+    if far > 0.1:  # bfloat16 alone makes a hundredth
+        raise ValueError(f"--backbone={folder}: KerasHub's {type(causal).__name__} answers otherwise with its cache "
+                         f"than without, by {far:.0%}; take another kind, such as GPT-2, OPT or Llama 3")  # fmt: skip
+
+
 def _adapt(model: keras.Model, *, rank: int) -> None:
     """Low-rank adaptation (Hu et al. 2021) of the backbone's queries and values; nothing else learns."""
     causal = model.get_layer("causal")
@@ -421,6 +434,8 @@ def _adapt(model: keras.Model, *, rank: int) -> None:
     for layer in causal._flatten_layers():
         if getattr(layer, "lora_enabled", False) and layer.bias is not None:
             layer.bias.trainable = False  # KerasHub lets it learn
+    if not model.trainable_variables:
+        raise ValueError(f"--lora={rank}: {type(causal).__name__} has no layers that KerasHub adapts; leave it out")
 
 
 def _span(causal) -> int:
