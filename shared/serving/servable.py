@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -290,7 +291,7 @@ def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[s
 
 
 def _no_news(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING or ("saved_model" not in record.pathname and "saver" not in record.pathname)
+    return record.levelno > logging.WARNING or not {"saved_model", "saver"} & set(re.split(r"\W", record.getMessage()))
 
 
 def _import_operations(operations: set[str]) -> None:
