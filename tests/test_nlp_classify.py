@@ -168,7 +168,6 @@ def test_members_are_weighed_by_how_well_they_fit():
 
 def test_linear_machines_in_the_graph_equal_scikit_learn(table):
     from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
-    from sklearn.model_selection import GridSearchCV, KFold
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
@@ -186,8 +185,7 @@ def test_linear_machines_in_the_graph_equal_scikit_learn(table):
     pieces = CountVectorizer(analyzer=lambda text: _grams(" ".join(["^", *text.split()]), 5, "", 2), binary=True)
     parts = [make_pipeline(part, TfidfTransformer()) for part in (phrases, pieces)]
     train = scipy.sparse.hstack([part.fit_transform(texts[rows["train"]]) for part in parts], "csr")
-    machine = GridSearchCV(LinearSVC(random_state=1), {"C": [0.25, 0.5, 1.0, 2.0]}, cv=KFold(3, shuffle=True))
-    machine = machine.fit(train, found.labels[rows["train"]])
+    machine = LinearSVC(C=0.5, random_state=1).fit(train, found.labels[rows["train"]])
     expected = machine.decision_function(
         scipy.sparse.hstack([part.transform(texts[rows["test"]]) for part in parts], "csr")
     )

@@ -342,7 +342,6 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
     in the length.
     """
     import scipy.sparse.linalg
-    from sklearn.model_selection import KFold, cross_val_score
     from sklearn.svm import LinearSVC
 
     count, labels = _kinds(config), np.concatenate([np.argmax(targets, -1) for _, targets in splits.train])
@@ -354,9 +353,9 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
     def unit(rows):
         return rows.multiply(1 / np.maximum(scipy.sparse.linalg.norm(rows, axis=1), 1e-6)[:, None])
 
-    def learn(features, wanted, strength=1.0):
+    def learn(features, wanted):
         """Weights [gram, kind] and offsets [kind]; of a kind without examples 0 and -1: it is never meant."""
-        machine = LinearSVC(C=strength, random_state=config.seed).fit(features, wanted)
+        machine = LinearSVC(C=0.5, random_state=config.seed).fit(features, wanted)
         found, offsets = machine.coef_, machine.intercept_
         if len(found) == 1:  # of two kinds, the second's alone
             found, offsets = np.concatenate([-found, found]), np.concatenate([-offsets, offsets])
@@ -365,16 +364,7 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
         return weights, offset
 
     weighted = scipy.sparse.hstack([unit(has[name].multiply(idf[name])) for name in NGRAMS], "csr")
-    # How strongly examples count against simplicity: by cross-validation on some of the training texts.
-    some = np.random.default_rng(config.seed).permutation(len(labels))[:4000]
-    tries = {
-        strength: cross_val_score(
-            LinearSVC(C=strength, random_state=config.seed), weighted[some], labels[some],
-            cv=KFold(3, shuffle=True, random_state=config.seed),
-        ).mean()
-        for strength in (0.25, 0.5, 1.0, 2.0)
-    }  # fmt: skip
-    weights, offset = learn(weighted, labels, max(tries, key=tries.get))
+    weights, offset = learn(weighted, labels)
     present = scipy.sparse.hstack([unit(has[name]) for name in NGRAMS], "csr")
     having = scipy.sparse.hstack([has[name] for name in NGRAMS], "csr")
     bayes, bayes_offset = np.zeros(weights.shape), np.full(count, -1.0)
