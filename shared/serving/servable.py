@@ -34,7 +34,8 @@ STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
 LONG = 0.0005  # seconds from which a run is worth a change of threads
 LARGEST = 16 << 20  # bytes of a graph whose constants may be held twice
-OTHER = 256  # one run in so many goes the way that was slower, to see whether it still is
+TRIES = 16  # runs that take either way in turn, to see which is faster
+OTHER = 256  # after them, one run in so many goes the way that was slower, to see whether it still is
 _importing = threading.Lock()
 
 
@@ -180,11 +181,16 @@ class Servable:
             return outputs
         with waiting(), _running as count:
             pace.runs += 1
-            better = (pace.serial < pace.shared) != (pace.runs % OTHER == 0)
+            if pace.runs < TRIES:  # the first of either way takes far longer than those after it
+                better = pace.runs % 2 == 0
+            else:
+                better = (pace.serial < pace.shared) != (pace.runs % OTHER == 0)
             serial = (better or count >= processors()) and self._can_be_serial(feeds, fetches)
             begun = time.perf_counter()
             outputs = self.run(feeds, fetches, arrays, serial=serial)
             seconds = time.perf_counter() - begun
+            if count >= processors():  # beside others each way takes longer, and is no measure for one alone
+                return outputs
             if serial:
                 pace.serial = _of_late(pace.serial, seconds)
             else:
