@@ -294,7 +294,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision):
         assert training.fit(config, model, splits)["epochs"] == 1
         assert all(np.isfinite(weights).all() for weights in model.get_weights())
         return
-    with pytest.raises(FloatingPointError, match=r"the gradient of first became infinite .* in step 1 "):
+    with pytest.raises(FloatingPointError, match=r"the gradient of first became infinite .* by step 1 "):
         training.fit(config, model, splits)
 
 

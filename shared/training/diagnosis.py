@@ -63,7 +63,7 @@ def warnings(history: Mapping[str, list[float]], classes: int) -> Iterator[str]:
 
 
 class Gradients(keras.callbacks.Callback):
-    """Watches the gradient of every step, by layer: its norm goes to TensorBoard, and what goes wrong is said once.
+    """Watches the gradient of every tenth step, by layer: its norm goes to TensorBoard; what goes wrong is said once.
 
     That is a gradient under 1e-7 for 100 steps on end, and one a hundred times what is usual for its layer. One that is
     not finite while the loss is ends the run. After epochs that double, from a minute on, it also looks for layers with
@@ -71,6 +71,7 @@ class Gradients(keras.callbacks.Callback):
     """
 
     VANISHED, STEPS, EXPLODED, PATIENCE = 1e-7, 100, 100.0, 60.0
+    EVERY = 10  # steps between two looks; one at each step cost short ones 2 % of their time
 
     def __init__(self, splits: Splits, log_folder: str, say: Callable[[str, str], None]):
         super().__init__()
@@ -93,20 +94,27 @@ class Gradients(keras.callbacks.Callback):
         self._seen = [tf.Variable(tf.zeros(len(self.names)), trainable=False) for _ in range(5)]
         now, usual, quiet, seen, leapt = self._seen
 
+        def note(norms):
+            leaps = (seen >= self.STEPS) & (norms > self.EXPLODED * usual)
+            leapt.assign(tf.maximum(leapt, tf.cast(leaps, tf.float32)))
+            usual.assign(tf.where(seen > 0, 0.9 * usual + 0.1 * norms, norms))
+            quiet.assign(tf.where(norms < self.VANISHED, quiet + self.EVERY, 0))
+            seen.assign_add(tf.fill([len(self.names)], float(self.EVERY)))
+            now.assign(norms)
+
         def watched(grads, trainable_variables=None):
             given = list(trainable_variables or variables)
             pairs = [(grad, of_layer[id(variable)]) for grad, variable in zip(grads, given, strict=True)
                      if grad is not None and id(variable) in of_layer]  # fmt: skip
-            # Of a table of vectors, the rows that the batch touched.
-            parts = [tf.cast(getattr(grad, "values", grad), tf.float32) for grad, _ in pairs]
-            squares = [tf.reduce_sum(tf.square(part)) for part in parts]
-            norms = tf.sqrt(tf.math.unsorted_segment_sum(squares, [layer for _, layer in pairs], len(self.names)))
-            leaps = (seen >= self.STEPS) & (norms > self.EXPLODED * usual)
-            leapt.assign(tf.maximum(leapt, tf.cast(leaps, tf.float32)))
-            usual.assign(tf.where(seen > 0, 0.99 * usual + 0.01 * norms, norms))
-            quiet.assign(tf.where(norms < self.VANISHED, quiet + 1, 0))
-            seen.assign_add(tf.ones_like(seen))
-            now.assign(norms)
+
+            def look():
+                # Of a table of vectors, the rows that the batch touched.
+                parts = [tf.cast(getattr(grad, "values", grad), tf.float32) for grad, _ in pairs]
+                squares = [tf.reduce_sum(tf.square(part)) for part in parts]
+                note(tf.sqrt(tf.math.unsorted_segment_sum(squares, [layer for _, layer in pairs], len(self.names))))
+                return True
+
+            tf.cond(tf.equal(tf.cast(optimizer.iterations.value, tf.int32) % self.EVERY, 0), look, lambda: False)
             return apply(grads, trainable_variables)
 
         optimizer.apply = watched
@@ -117,15 +125,17 @@ class Gradients(keras.callbacks.Callback):
         self._writer.close()
 
     def on_train_batch_end(self, batch, logs=None):
+        if batch % self.EVERY:
+            return
         norms = self._seen[0].numpy()
         if not np.isfinite(norms).all() and math.isfinite((logs or {}).get("loss", 0.0)):
             # What is not finite flows back from where it began to the first layer.
             name = self.names[np.flatnonzero(~np.isfinite(norms))[-1]]
             raise FloatingPointError(
-                f"the gradient of {name} became infinite or not a number in step {batch + 1} of an epoch, while the "
+                f"the gradient of {name} became infinite or not a number by step {batch + 1} of an epoch, while the "
                 "loss was finite: lower the learning rate, or use --precision=float32"
             )
-        if (batch + 1) % self.STEPS == 0:
+        if batch % self.STEPS == 0:
             self._warn()
 
     def _warn(self) -> None:
