@@ -71,7 +71,8 @@ class Gradients(keras.callbacks.Callback):
     """
 
     VANISHED, STEPS, EXPLODED, PATIENCE = 1e-7, 100, 100.0, 60.0
-    EVERY = 10  # steps between two looks; with one at each step of 25 ms, training took 4.8 % longer than without, now 2.0 %
+    # Steps between two looks. With one at each step of 25 ms `fit` cost 4.8 % over Keras's own, so it costs 2.0 %.
+    EVERY = 10
 
     def __init__(self, splits: Splits, log_folder: str, say: Callable[[str, str], None]):
         super().__init__()
