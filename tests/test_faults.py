@@ -206,15 +206,16 @@ def test_origin_of_a_loss_that_is_not_finite():
 
 
 def test_warnings_of_the_curves():
-    said = list(diagnosis.warnings({"loss": [1.5], "val_loss": [1.4], "accuracy": [0.2]}, 4))
+    splits = dataclasses.replace(make_splits(), names=("a", "b", "c", "d"))
+    said = list(diagnosis.warnings({"loss": [1.5], "val_loss": [1.4], "accuracy": [0.2]}, splits))
     assert said == ["after an epoch the loss, 1.500, is no better than guessing one of 4 classes (1.386): look at the "
                     "labels, or change the learning rate"]  # fmt: skip
-    assert not list(diagnosis.warnings({"loss": [1.2], "val_loss": [1.4], "accuracy": [0.2]}, 4))
+    assert not list(diagnosis.warnings({"loss": [1.2], "val_loss": [1.4], "accuracy": [0.2]}, splits))
     falling, rising = [1.0, 0.9, 0.8, 0.7], [1.0, 1.1, 1.2, 1.3]
-    (said,) = diagnosis.warnings({"loss": falling, "val_loss": rising}, 4)
+    (said,) = diagnosis.warnings({"loss": falling, "val_loss": rising}, splits)
     assert said.startswith("validation loss has risen for three epochs")
-    assert not list(diagnosis.warnings({"loss": falling, "val_loss": [1.0, 1.1, 1.0, 1.3]}, 4))
-    assert not list(diagnosis.warnings({"loss": [1.1, *falling], "val_loss": [0.9, *rising]}, 4))  # said before
+    assert not list(diagnosis.warnings({"loss": falling, "val_loss": [1.0, 1.1, 1.0, 1.3]}, splits))
+    assert not list(diagnosis.warnings({"loss": [1.1, *falling], "val_loss": [0.9, *rising]}, splits))  # said before
 
 
 def watched(tmp_path, model, factors):

@@ -243,30 +243,6 @@ def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornuc
     assert "only networks from scratch are explained" in done.stderr
 
 
-def test_kinds_are_learned_and_classes_answered(cornucopia, tmp_path):
-    """Labels COARSE:fine: the network tells kinds apart, and its answer is of classes, summed over their kinds."""
-    random = np.random.default_rng(1)
-    kinds = {"MONEY:card": ["card", "bank"], "MONEY:cash": ["coin", "note"], "FOOD:hot": ["soup", "roast"],
-             "FOOD:cold": ["salad", "fruit"]}  # fmt: skip
-    rows = [f"{kind} the {random.choice(kinds[kind])} and my {random.choice(kinds[kind])} number {number}"
-            for number in range(20) for kind in kinds]  # fmt: skip
-    path = tmp_path / "questions.label"
-    path.write_text("\n".join([*rows, "FOOD:rare the soup that only one text has"]) + "\n")
-    done = cornucopia("train", "nlp.classify", f"--data={path}", *SMALL)
-    assert re.search(r"accuracy +1\.0000", done.stdout)
-    extra = tmp_path / "saved_models" / "nlp.classify" / "1" / "assets.extra"
-    model = keras.saving.load_model(extra / "model.keras")
-    assert model.get_layer("network").output_shape[-1] == 5
-    assert model.output_shape[-1] == 2
-    assert not model.get_layer("kinds").trainable
-    _, gain, parts = classify.explain(model, "the soup and my card", steps=200)
-    assert sum(value for _, value in parts) == pytest.approx(gain, abs=0.02)
-    tokens = classify._of_ngrams(tf.constant(["the soup and my soup"]))
-    (scores,) = model(tokens).numpy()
-    assert scores.argmax() == 0  # FOOD
-    assert scores.sum() == pytest.approx(1, abs=1e-5)
-
-
 @pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no config.json")])
 def test_a_backbone_that_is_none(tmp_path, made, message):
     if made:

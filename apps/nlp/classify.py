@@ -30,8 +30,7 @@ from shared.metrics import classification
 class Config(run.Config):
     epochs: int = 10  # passes over the training examples
     batch: int = 64  # examples in a step, over all devices together
-    # Of labels COARSE:fine the answer is the first part, which is learned through both; or both.
-    labels: Literal["coarse", "fine"] = "coarse"
+    labels: Literal["coarse", "fine"] = "coarse"  # of labels COARSE:fine the first part, or both
     folds: int = -1  # cross-validate with so many parts; 0: measure by one test part; -1: ten for mr, else 0
     fold: int = 0  # which part is the test part
     examples: int = 0  # of each class to learn from, as the seed draws them; 0: all
@@ -69,8 +68,8 @@ def load(config: Config) -> data.Splits:
     if config.fold == 0:
         audited = {split: ([found.texts[row] for row in at], found.labels[at]) for split, at in rows.items()}
         audit(audited, found.names, unreadable=found.unreadable)
-    targets = tf.one_hot(found.kinds, len(found.classes))  # finer labels help to learn the coarser
-    smooth = targets * (1 - config.smoothing) + config.smoothing / len(found.classes)
+    targets = tf.one_hot(found.labels, len(found.names))
+    smooth = targets * (1 - config.smoothing) + config.smoothing / len(found.names)
     tokenise = _of_backbone(config.backbone, config.length) if config.backbone else _tokenise
     parts = [tokenise(tf.constant(found.texts[at : at + 1000])) for at in range(0, len(found.texts), 1000)]
     tokens = {name: tf.concat([part[name] for part in parts], 0) for name in parts[0]}
@@ -114,7 +113,7 @@ def _read(config: Config) -> tuple[texts.Texts, dict[str, str]]:
         about |= {"source": f"summaries in SciPy {scipy.__version__}: which part do they document?",
                   "licence": "BSD-3-Clause"}  # fmt: skip
     elif config.data in NAMED:
-        found = texts.labelled(_published(config.data), path=config.data, coarse=config.data == "trec" and not fine)
+        found = texts.labelled(_published(config.data, fine=fine), path=config.data)
         about |= named.about(config.data)
     elif config.data in named.DATASETS:
         raise ValueError(f"{config.data} holds no labelled texts; nlp.classify takes {', '.join(NAMED)}, or a path")
@@ -131,7 +130,7 @@ def _read(config: Config) -> tuple[texts.Texts, dict[str, str]]:
     return found, {**about, "protocol": protocol}
 
 
-def _published(name: str) -> list[tuple[str, str, str]]:
+def _published(name: str, *, fine: bool) -> list[tuple[str, str, str]]:
     """(text, label, split) of a public data set in its published form."""
     files = named.find(name)
     if name == "mr":
@@ -145,7 +144,7 @@ def _published(name: str) -> list[tuple[str, str, str]]:
     if name == "trec":
         parts = {"train_5500.label": "train", "TREC_10.label": "test"}
         return [(*row, part) for file, part in parts.items()
-                for row in texts.questions(files[file], encoding="latin-1")]  # fmt: skip
+                for row in texts.questions(files[file], fine=fine, encoding="latin-1")]  # fmt: skip
     parts = {"train.csv": "train", "test.csv": "test"}
     return [(*row, part) for file, part in parts.items() for row in tables.read(files[file], ("text", "category"))]
 
@@ -298,12 +297,6 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     weights = keras.initializers.Constant(np.eye(members.shape[-1])[:, :1])
     together = layers.Dense(1, use_bias=False, kernel_initializer=weights, dtype="float32", name="together")
     scores = ops.softmax(together(members)[..., 0])
-    classes = _read(config)[0].classes
-    if len(classes) > len(splits.names):
-        sums = keras.initializers.Constant(np.eye(len(splits.names))[classes])
-        kinds = layers.Dense(len(splits.names), use_bias=False, kernel_initializer=sums, dtype="float32", name="kinds")
-        kinds.trainable = False
-        scores = kinds(scores)
     model = keras.Model(inputs, scores, name="together")
     rate = training.cosine(config, splits, rate=config.rate or (1e-4 if config.backbone else 3e-3))
     # The network's own answers are geometric means of its members', which do not sum to one: their divergence from
@@ -311,11 +304,6 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     network.compile(keras.optimizers.AdamW(rate, weight_decay=0.01 if config.backbone else 0.0), "kl_divergence",
                     metrics=["accuracy"])  # fmt: skip
     return model
-
-
-def _kinds(config: Config) -> int:
-    """How many labels are told apart in learning: the finest that the data has."""
-    return len(_read(config)[0].classes)
 
 
 def _encoder(config: Config, splits: data.Splits) -> keras.Model:
@@ -331,7 +319,7 @@ def _encoder(config: Config, splits: data.Splits) -> keras.Model:
     shown = ops.cast(inputs["padding_mask"], vectors.dtype)[..., None]
     x = ops.sum(vectors * shown, 1) / ops.maximum(ops.sum(shown, 1), 1)
     x = layers.Dropout(0.1)(x)
-    return keras.Model(inputs, layers.Dense(_kinds(config), "softmax", dtype="float32")(x), name="network")
+    return keras.Model(inputs, layers.Dense(len(splits.names), "softmax", dtype="float32")(x), name="network")
 
 
 def _machines(config: Config, splits: data.Splits, inputs: dict):
@@ -344,7 +332,7 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
     import scipy.sparse.linalg
     from sklearn.svm import LinearSVC
 
-    count, labels = _kinds(config), np.concatenate([np.argmax(targets, -1) for _, targets in splits.train])
+    count, labels = len(splits.names), np.concatenate([np.argmax(targets, -1) for _, targets in splits.train])
     grams, idf, has = {}, {}, {}
     for name in NGRAMS:
         grams[name], idf[name], has[name] = _count(config, splits, name)
@@ -354,24 +342,23 @@ def _machines(config: Config, splits: data.Splits, inputs: dict):
         return rows.multiply(1 / np.maximum(scipy.sparse.linalg.norm(rows, axis=1), 1e-6)[:, None])
 
     def learn(features, wanted):
-        """Weights [gram, kind] and offsets [kind]; of a kind without examples 0 and -1: it is never meant."""
+        """Weights [gram, class] and offsets [class]."""
         machine = LinearSVC(C=0.5, random_state=config.seed).fit(features, wanted)
-        found, offsets = machine.coef_, machine.intercept_
-        if len(found) == 1:  # of two kinds, the second's alone
-            found, offsets = np.concatenate([-found, found]), np.concatenate([-offsets, offsets])
-        weights, offset = np.zeros([features.shape[1], count]), np.full(count, -1.0)
-        weights[:, machine.classes_], offset[machine.classes_] = found.T, offsets
-        return weights, offset
+        weights, offset = machine.coef_, machine.intercept_
+        if len(weights) == 1:  # of two classes, the second's alone
+            weights, offset = np.concatenate([-weights, weights]), np.concatenate([-offset, offset])
+        return weights.T, offset
 
     weighted = scipy.sparse.hstack([unit(has[name].multiply(idf[name])) for name in NGRAMS], "csr")
     weights, offset = learn(weighted, labels)
     present = scipy.sparse.hstack([unit(has[name]) for name in NGRAMS], "csr")
     having = scipy.sparse.hstack([has[name] for name in NGRAMS], "csr")
-    bayes, bayes_offset = np.zeros(weights.shape), np.full(count, -1.0)
-    for index in np.unique(labels):
+    bayes = []
+    for index in range(count):
         ratio = log_count_ratio(having, labels == index)
-        sign, own = learn(present.multiply(ratio).tocsr(), (labels == index).astype(int))
-        bayes[:, index], bayes_offset[index] = ratio * sign[:, 1], own[1]
+        sign, own = learn(present.multiply(ratio).tocsr(), labels == index)
+        bayes.append((ratio * sign[:, 1], own[1]))
+    bayes, bayes_offset = (np.stack(part, -1) for part in zip(*bayes, strict=True))
 
     found = [0.0, 0.0]
     begin = 0
@@ -450,7 +437,7 @@ def _convolutions(config: Config, splits: data.Splits) -> keras.Model:
         found = [layers.Conv1D(config.filters, length, padding="same", activation="relu")(x) for length in (2, 3, 4)]
         x = layers.Concatenate()([layers.GlobalMaxPooling1D()(one) for one in found])
         x = layers.Dropout(config.dropout)(x)
-        return ops.log_softmax(layers.Dense(_kinds(config), dtype="float32")(x))
+        return ops.log_softmax(layers.Dense(len(splits.names), dtype="float32")(x))
 
     scores = ops.exp(ops.mean(ops.stack([member(number) for number in range(config.networks)]), axis=0))
     return keras.Model({"words": words, "letters": letters}, scores, name="network")
@@ -495,8 +482,7 @@ def weigh(members: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
     answer = tf.function(lambda tokens: model(tokens, training=False), reduce_retracing=True)
-    classes = _read(config)[0].classes
-    pairs = [(classes[np.argmax(targets, -1)], answer(tokens).numpy()) for tokens, targets in splits.test]
+    pairs = [(np.argmax(targets, -1), answer(tokens).numpy()) for tokens, targets in splits.test]
     labels, scores = (np.concatenate(part) for part in zip(*pairs, strict=True))
     classification.plot_confusion(labels, scores.argmax(-1), splits.names, config.folder / "confusion_matrix.png")
     return classification.classification(labels, scores)
@@ -538,8 +524,7 @@ def explain(model: keras.Model, text: str, *, steps: int = 100) -> tuple[int, fl
     Returns:
         The best class, what its score gained, and each word with its part in that. The mark "^" stands for the begin.
     """
-    names = [layer.name for layer in model.layers]
-    if "margins" not in names:
+    if "margins" not in [layer.name for layer in model.layers]:
         raise ValueError("only networks from scratch are explained; this model has a backbone")
     network = model.get_layer("network")
     seen = [layer for layer in network.layers if layer.name.startswith("seen_")]
@@ -558,8 +543,7 @@ def explain(model: keras.Model, text: str, *, steps: int = 100) -> tuple[int, fl
     def score(parts):
         members = tf.math.log(tf.maximum(of_network(parts[: len(seen)]), 1e-9))[..., None]
         members = tf.concat([members, of_machines(parts[len(seen) :])], -1)
-        found = tf.nn.softmax(tf.matmul(members, weights)[..., 0])
-        return model.get_layer("kinds")(found) if "kinds" in names else found
+        return tf.nn.softmax(tf.matmul(members, weights)[..., 0])
 
     whole = [tf.cast(part, tf.float32) for part in tf.nest.flatten([vectors, rows])]
     label = int(tf.argmax(score(whole)[0]))

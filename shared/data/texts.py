@@ -21,8 +21,6 @@ class Texts:
     labels: np.ndarray  # int64 [text]
     splits: np.ndarray  # [text], "train", "validation", "test", or "" where the data names none
     names: tuple[str, ...]  # classes
-    kinds: np.ndarray  # int64 [text], finer labels where the data has some, else the labels
-    classes: np.ndarray  # int64 [kind], of which class each kind is
     unreadable: tuple[str, ...]  # "where: reason"
 
 
@@ -31,22 +29,22 @@ def read(path: Path, *, fine: bool, on_error: str) -> Texts:
 
     Args:
         path: in one of the formats above.
-        fine: labels `COARSE:fine` are the classes; else their first parts are, and they are kinds.
+        fine: of labels `COARSE:fine` take both parts, not the first alone.
         on_error: "fail" ends with the list of what cannot be read, "skip" leaves it out.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, it is in no known format, it has one class only, or holds
             texts that are empty or not UTF-8.
     """
-    bad, coarse = [], False
+    bad = []
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         found = table(path)
     elif path.is_file() and path.suffix.lower() == ".label":
-        found, coarse = [(*row, "") for row in questions(path)], not fine
+        found = [(*row, "") for row in questions(path, fine=fine)]
     elif path.is_dir() and (files := sorted([*path.glob("*.pos"), *path.glob("*.neg")])):
         found = [(text, file.suffix[1:], "") for file in files for text in lines(file)]
     elif path.is_dir() and (files := sorted(path.glob("*.label"))):
-        found, coarse = [(*row, _split(file)) for file in files for row in questions(file)], not fine
+        found = [(*row, _split(file)) for file in files for row in questions(file, fine=fine)]
     elif path.is_file() and not archives.is_archive(path):
         raise ValueError(f"{path} is in no known format; expected .csv or .tsv with columns text and label, .label "
                          f"with COARSE:fine lines, a folder, or an archive")  # fmt: skip
@@ -63,28 +61,19 @@ def read(path: Path, *, fine: bool, on_error: str) -> Texts:
             f"{len(bad)} of {len(bad) + len(kept)} texts in {path} cannot be used; mend or remove them, or leave them "
             "out with --on-error=skip:\n  " + "\n  ".join(bad[:20]) + ("\n  …" if len(bad) > 20 else "")
         )
-    return labelled(kept, path=str(path), unreadable=bad, coarse=coarse)
+    return labelled(kept, path=str(path), unreadable=bad)
 
 
-def labelled(
-    rows: Iterable[tuple[str, str, str]], *, path: str, unreadable: Iterable[str] = (), coarse: bool = False
-) -> Texts:
-    """Texts from rows of (text, label, split); ValueError where they are of fewer than two classes.
-
-    With `coarse`, labels are `COARSE:fine`, of which the first part is the class and the whole the kind.
-    """
+def labelled(rows: Iterable[tuple[str, str, str]], *, path: str, unreadable: Iterable[str] = ()) -> Texts:
+    """Texts from rows of (text, label, split); ValueError where they are of fewer than two classes."""
     rows = list(rows)
-    kinds = sorted({label for _, label, _ in rows})
-    class_of = {kind: kind.partition(":")[0] if coarse else kind for kind in kinds}
-    names = sorted(set(class_of.values()))
+    names = sorted({label for _, label, _ in rows})
     if len(names) < 2:
         held = f"one class only ({names[0]})" if names else "no text"
         raise ValueError(f"{path} holds {held}; a classifier needs two classes or more")
-    classes = np.array([names.index(class_of[kind]) for kind in kinds])
-    index = {kind: at for at, kind in enumerate(kinds)}
+    index = {name: at for at, name in enumerate(names)}
     texts, labels, splits = zip(*rows, strict=True)
-    found = np.array([index[label] for label in labels])
-    return Texts(texts, classes[found], np.array(splits), tuple(names), found, classes, tuple(unreadable))
+    return Texts(texts, np.array([index[label] for label in labels]), np.array(splits), tuple(names), tuple(unreadable))
 
 
 def lines(path: Path, *, encoding: str = "utf-8") -> list[str]:
@@ -95,14 +84,14 @@ def lines(path: Path, *, encoding: str = "utf-8") -> list[str]:
         raise ValueError(f"{path} is not {encoding} ({error}); convert it, e.g. iconv -f latin1 -t utf8") from error
 
 
-def questions(path: Path, *, encoding: str = "utf-8") -> list[tuple[str, str]]:
+def questions(path: Path, *, fine: bool, encoding: str = "utf-8") -> list[tuple[str, str]]:
     """(text, label) from lines `COARSE:fine text` (Li & Roth 2002); ValueError where a line is another."""
     rows = []
     for number, line in enumerate(lines(path, encoding=encoding), start=1):
         label, _, text = line.partition(" ")
         if ":" not in label:
             raise ValueError(f"{path}, line {number}: expected COARSE:fine and a text, found {line[:60]!r}")
-        rows.append((text, label))
+        rows.append((text, label if fine else label.partition(":")[0]))
     return rows
 
 

@@ -43,12 +43,10 @@ def _finite(tensor) -> bool:
     return not tensor.dtype.is_floating or bool(tf.reduce_all(tf.math.is_finite(tensor)))
 
 
-def warnings(history: Mapping[str, list[float]], classes: int) -> Iterator[str]:
-    """What the curves of a run say that a person should know, once, in the epoch where it shows.
-
-    `classes` are told apart by the network; 0 where it does something else.
-    """
+def warnings(history: Mapping[str, list[float]], splits: Splits) -> Iterator[str]:
+    """What the curves of a run say that a person should know, once, in the epoch where it shows."""
     loss, validation = history.get("loss", []), history.get("val_loss", [])
+    classes = len(splits.names)
     if len(loss) == 1 and classes > 1 and "accuracy" in history:
         guessing = np.log(classes)
         if loss[0] >= guessing:

@@ -294,9 +294,7 @@ class _Keeper(keras.callbacks.Callback):
         shown = "  ".join(f"{key} {value:.4f}" for key, value in logs.items() if key != "learning_rate")
         rate = steps * self.config.batch / self._took
         say(f"{epoch + 1:>3}/{self.config.epochs}", f"{shown}  {rate:,.0f} examples/s{'  *' if better else ''}")
-        shape = getattr(self.model, "output_shape", None)
-        classes = shape[-1] if isinstance(shape, tuple) and isinstance(shape[-1], int) else 0
-        for warning in diagnosis.warnings(self.history, classes):
+        for warning in diagnosis.warnings(self.history, self.splits):
             say("warning", warning)
         if not patient:
             say("", f"no better epoch since {self.best_epoch + 1}: stopping early")
