@@ -8,7 +8,7 @@ when Keras needs it no longer.
 import hashlib
 import json
 import os
-import random
+import secrets
 
 import tensorflow as tf
 
@@ -189,8 +189,8 @@ def any_of(strategy: tf.distribute.Strategy, flag: bool) -> bool:
 
 
 def lot(strategy: tf.distribute.Strategy) -> int:
-    """A random number that all workers have in common; all must ask at the same step."""
-    return int(_summed(strategy, float(random.randrange(2**16) if chief() else 0)))  # float32 counts to 2**24
+    """A number by chance, whatever the seed, that all workers have in common; all must ask at the same step."""
+    return int(_summed(strategy, float(secrets.randbelow(2**16) if chief() else 0)))  # float32 counts to 2**24
 
 
 def _summed(strategy: tf.distribute.Strategy, value: float) -> float:
