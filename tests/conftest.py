@@ -69,6 +69,16 @@ def serving(tmp_path):
     return serve
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder of models to serve: one, `affine`, in one version."""
+    import serving_models
+
+    root = tmp_path_factory.mktemp("models")
+    serving_models.save(serving_models.Affine(), root / "affine" / "1")
+    return root
+
+
 @pytest.fixture
 def python(tmp_path):
     """Run Python code in a process of its own that finds neither `apps` nor `shared`."""

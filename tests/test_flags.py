@@ -25,13 +25,6 @@ from shared.serving.records import records
 X = {"x": np.ones((1, 2), np.float32)}
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    serving_models.save(serving_models.Affine(), root / "affine" / "1")
-    return root
-
-
 def serving(tree, **changes):
     return server.Server(Flags(models=str(tree), **{"port": -1, "max_num_load_retries": 0, **changes}))
 

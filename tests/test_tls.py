@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
-import serving_models
 
 from shared.serving.client import AsyncClient, Client, ServerError
 from shared.serving.flags import Flags, parse
@@ -58,13 +57,6 @@ def config(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    serving_models.save(serving_models.Affine(), root / "affine" / "1")
-    return root
 
 
 def serving(tree, **changes):

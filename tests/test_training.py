@@ -121,6 +121,19 @@ def stop_after(monkeypatch, epochs):
     return KilledError
 
 
+def whole_and_resumed(monkeypatch, splits, model_of, whole, broken, again):
+    """Two models: one that learned in one go, and one whose run was broken off after two epochs and went on."""
+    expected = model_of(whole)
+    training.fit(whole, expected, splits)
+    with monkeypatch.context() as patch:
+        killed = stop_after(patch, 2)
+        with pytest.raises(killed):
+            training.fit(broken, model_of(broken), splits)
+    resumed = model_of(again)
+    assert training.fit(again, resumed, splits)["epochs"] == 4
+    return expected, resumed
+
+
 @pytest.mark.parametrize("steps_per_execution", [1, 3])  # 3 does not divide the 8 steps of an epoch
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps_per_execution):
     splits = make_splits()
@@ -130,19 +143,9 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps_per_execution
         model.steps_per_execution = steps_per_execution
         return model
 
-    whole = make_config(tmp_path, name="whole")
-    expected = model_of(whole)
-    training.fit(whole, expected, splits)
-
-    broken = make_config(tmp_path, name="broken")
-    with monkeypatch.context() as patch:
-        killed = stop_after(patch, 2)
-        with pytest.raises(killed):
-            training.fit(broken, model_of(broken), splits)
+    whole, broken = (make_config(tmp_path, name=name) for name in ("whole", "broken"))
     again = dataclasses.replace(broken, resume=True, seed=7)  # the fresh weights' seed must not matter
-    resumed = model_of(again)
-    cost = training.fit(again, resumed, splits)
-    assert cost["epochs"] == 4
+    expected, resumed = whole_and_resumed(monkeypatch, splits, model_of, whole, broken, again)
     for want, have in zip(expected.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(want, have)
     assert history(whole) == history(again)
@@ -195,17 +198,9 @@ def test_layers_with_lora_go_on_learning_after_a_resume(tmp_path, monkeypatch):
         next(layer for layer in model.layers if isinstance(layer, keras.layers.Dense)).enable_lora(2)
         return model
 
-    whole = make_config(tmp_path, name="whole")
-    expected = model_of(whole)
-    training.fit(whole, expected, splits)
-    broken = make_config(tmp_path, name="broken")
-    with monkeypatch.context() as patch:
-        killed = stop_after(patch, 2)
-        with pytest.raises(killed):
-            training.fit(broken, model_of(broken), splits)
+    whole, broken = (make_config(tmp_path, name=name) for name in ("whole", "broken"))
     again = dataclasses.replace(broken, resume=True)
-    resumed = model_of(again)
-    training.fit(again, resumed, splits)
+    expected, resumed = whole_and_resumed(monkeypatch, splits, model_of, whole, broken, again)
     assert any("lora" in weight.path for weight in resumed.weights)
     for want, have in zip(expected.weights, resumed.weights, strict=True):
         np.testing.assert_array_equal(want.numpy(), have.numpy(), err_msg=want.path)
@@ -216,16 +211,11 @@ def test_resumed_on_two_devices(tmp_path, monkeypatch):
     """Broken off on two devices and gone on with there equals a run on one that nothing broke off."""
     splits = make_splits()
     whole = make_config(tmp_path, name="whole", strategy="one")
-    expected = make_model(whole, splits)
-    training.fit(whole, expected, splits)
     broken = make_config(tmp_path, name="broken", strategy="mirrored")
-    with monkeypatch.context() as patch:
-        killed = stop_after(patch, 2)
-        with pytest.raises(killed):
-            training.fit(broken, make_model(broken, splits), splits)
     again = dataclasses.replace(broken, resume=True)
-    resumed = make_model(again, splits)
-    training.fit(again, resumed, splits)
+    expected, resumed = whole_and_resumed(
+        monkeypatch, splits, lambda config: make_model(config, splits), whole, broken, again
+    )
     for want, have in zip(expected.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_allclose(want, have, atol=1e-5)
 

@@ -132,8 +132,5 @@ class Reader:
         return ConnectionError(f"{problem} (then go on with --resume --name={self._name})")
 
     def _made_here(self, at: int) -> Any:
-        batch = next(iter(self._splits.stream(at).take(1)))
-        if self._of == 1:
-            return batch
-        rows = tf.nest.flatten(batch)[0].shape[0] // self._of
-        return tf.nest.map_structure(lambda one: one[self._index * rows : (self._index + 1) * rows], batch)
+        whole = self._splits.stream(at).take(1)
+        return next(iter(workers.in_parts(whole, first=self._index, count=1, of=self._of)))
