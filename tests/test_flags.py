@@ -296,14 +296,14 @@ def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path):
         long.start()  # takes the only thread, for longer than REST waits
         time.sleep(0.1)
         overdue = "Run() timeout exceeded while waiting in batching queue"
-        assert posted(one, b'{"inputs": [1]}') == (504, overdue)
+        assert posted(one, b'{"inputs": [1]}') == (429, overdue)
         assert long.is_alive()
         with pytest.raises(ServerError) as error:
             client.predict("slow", {"x": np.float32([1])}, timeout=0.1)
         assert error.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
         long.join()
         text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
-        assert ':request_count{model_name="slow",status="DEADLINE_EXCEEDED"}' in text
+        assert ':request_count{model_name="slow",status="RESOURCE_EXHAUSTED"} 2\n' in text
         assert ":tensorflow:serving:batching_session:wrapped_run_count{} 1\n" in text  # what nobody awaits never ran
 
 

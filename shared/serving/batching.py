@@ -131,7 +131,7 @@ class Batching:
                     if task in queue.tasks and not task.leads:
                         queue.tasks.remove(task)
                         queue.rows -= rows
-                        raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, OVERDUE)
+                        raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, OVERDUE)  # as upstream's
                 task.said.acquire()
         if task.leads:
             while task.leads:
