@@ -14,6 +14,6 @@ export TF_CONFIG
 name=$(sed -n 's/.*--name=\([^ ]*\).*/\1/p' <<<"$FLAGS")
 : "${name:?FLAGS must have --name, the same for all workers}"
 resume=()
-if compgen -G "runs/$name/checkpoint-*" >/dev/null; then resume=(--resume); fi
+if [ -e "runs/$name/config.json" ]; then resume=(--resume); fi  # also before the first checkpoint
 read -ra flags <<<"$FLAGS"
 exec cornucopia train "$TASK" --strategy=multiworker "${flags[@]}" "${resume[@]}"

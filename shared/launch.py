@@ -30,9 +30,11 @@ def together(words: list[str], roles: list[dict[str, str]], *, folder: Path, tit
     """
     folder.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, "-c", "from shared.command import main; main()", *words]
+    first = folder / "worker-0.log"
+    told = first.stat().st_size if first.exists() else 0
     processes, logs = [], []
     for index, role in enumerate(roles):
-        log = (folder / f"worker-{index}.log").open("w")
+        log = (folder / f"worker-{index}.log").open("a")  # of a run that goes on, what was told before stays
         logs.append(log)
         environment = {**os.environ, **role, "PYTHONUNBUFFERED": "1"}
         processes.append(subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, env=environment))
@@ -42,7 +44,7 @@ def together(words: list[str], roles: list[dict[str, str]], *, folder: Path, tit
     }
     print(f"workers    {title}; logs in {folder}/worker-*.log", flush=True)
     try:
-        return _attend(processes, folder / "worker-0.log", stopping)
+        return _attend(processes, first, told, stopping)
     finally:
         _stop(processes)
         for log in logs:
@@ -51,8 +53,9 @@ def together(words: list[str], roles: list[dict[str, str]], *, folder: Path, tit
             signal.signal(number, handler)
 
 
-def _attend(processes: list[subprocess.Popen], log: Path, stopping: list) -> int:
+def _attend(processes: list[subprocess.Popen], log: Path, told: int, stopping: list) -> int:
     with log.open() as first:
+        first.seek(told)
         while True:
             print(first.read(), end="", flush=True)
             codes = [process.poll() for process in processes]

@@ -241,7 +241,7 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
     changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
-               "batch": 1, "data_service": ""}  # fmt: skip
+               "saved_models": flags.saved_models, "strategy": "auto", "batch": 1, "data_service": ""}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))
     names = json.loads((extra / "metrics.json").read_text())["names"]
     if hasattr(task, "load_other") and flags.data != saved["data"]:

@@ -61,6 +61,12 @@ def stand_in(tmp_path):
     return make
 
 
+def record_a_run(folder):
+    """What `run-1` leaves at its very start, before any checkpoint: a second start has to say --resume."""
+    (folder / "runs" / "run-1").mkdir(parents=True)
+    (folder / "runs" / "run-1" / "config.json").write_text("{}")
+
+
 def test_a_worker_knows_all_workers_and_goes_on(tmp_path, stand_in):
     environment, log = stand_in("cornucopia")
     environment |= {"FOLDER": str(tmp_path), "WORKERS": "3", "TASK": "vision.classify", "JOB_COMPLETION_INDEX": "2",
@@ -71,7 +77,7 @@ def test_a_worker_knows_all_workers_and_goes_on(tmp_path, stand_in):
     config = json.loads(log.with_suffix(".config").read_text())
     assert config["task"] == {"type": "worker", "index": 2}
     assert config["cluster"]["worker"] == [f"cornucopia-train-{index}.cornucopia-train:2222" for index in range(3)]
-    (tmp_path / "runs" / "run-1" / "checkpoint-2").mkdir(parents=True)
+    record_a_run(tmp_path)
     subprocess.run(["bash", DEPLOY / "worker.sh"], env=environment, check=True)
     assert log.read_text().split() == [*wanted, "--resume"]
 
@@ -82,6 +88,9 @@ def test_slurm_starts_a_worker_a_host(tmp_path, stand_in):
     subprocess.run(words, env=environment, check=True, cwd=tmp_path)
     program = [".venv/bin/cornucopia", "train", "vision.classify", "--strategy=multiworker"]
     assert log.read_text().splitlines() == [*program, "--name=run-1", "--data=a b"]
+    record_a_run(tmp_path)
+    subprocess.run(words, env=environment, check=True, cwd=tmp_path)
+    assert log.read_text().splitlines() == [*program, "--name=run-1", "--data=a b", "--resume"]
     done = subprocess.run(words[:3], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "give --name" in done.stderr

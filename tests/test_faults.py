@@ -150,6 +150,9 @@ def test_training_ends_when_its_time_or_money_is_used_up(tmp_path, capsys):
         assert cost["epochs"] < 50
         assert "is used up: stopping" in capsys.readouterr().out
     assert cost["price"] == pytest.approx(cost["train_seconds"] / 3600)
+    again = dataclasses.replace(config, resume=True)
+    assert training.fit(again, make_model(again, splits), splits)["epochs"] == cost["epochs"]
+    assert "is used up already" in capsys.readouterr().out
     more = dataclasses.replace(config, resume=True, max_cost=0.0, epochs=4)
     assert training.fit(more, make_model(more, splits), splits)["epochs"] == 4
 

@@ -103,6 +103,15 @@ def test_non_finite_loss_stops_with_advice(tmp_path):
         training.fit(config, model, splits)
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config, splits = make_config(tmp_path), make_splits()
+    inputs, targets = next(iter(splits.validation))
+    bad = data.in_order(np.full_like(inputs, np.nan), targets.numpy(), batch=32)
+    with pytest.raises(FloatingPointError, match="the validation loss became nan in epoch 1; lower the learning rate"):
+        training.fit(config, make_model(config, splits), dataclasses.replace(splits, validation=bad))
+    assert not list(config.folder.glob("checkpoint-*"))
+
+
 def stop_after(monkeypatch, epochs):
     """Break off as a kill would, between the end of one epoch and the start of the next."""
 
@@ -230,8 +239,8 @@ def test_input_clock_measures_what_training_waits():
         pass
     for _ in fast.watch(tf.data.Dataset.range(10).map(produce).prefetch(2)):
         time.sleep(0.1)  # training that takes longer than its input
-    assert 0.5 <= slow.seconds < 1
-    assert 0.05 <= fast.seconds < 0.3  # the first batch only
+    assert slow.seconds >= 0.5
+    assert 0.05 <= fast.seconds < slow.seconds / 2  # the first batch only
 
 
 def test_input_clock_leaves_batches_alone():

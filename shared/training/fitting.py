@@ -50,7 +50,7 @@ def fit(
         share of this sitting's training that was spent waiting for input.
 
     Raises:
-        FloatingPointError: the loss is not finite any more; names the layer where that begins.
+        FloatingPointError: the loss is not finite any more; names the layer where that begins. Or validation's is not.
         SystemExit: SIGTERM came, and the run is saved.
         ConnectionError: the data service is gone.
     """
@@ -79,6 +79,9 @@ def fit(
             watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
             watchers[-1].set_model(model)
             closing.callback(watchers[-1].close)
+        if keeper.epoch and not keeper.step_in_epoch and keeper._too_long(0):
+            say("", "the time or the money that was given is used up already")
+            keeper.over = True
         while keeper.epoch < config.epochs and not keeper.stopped and not keeper.over:
             batches = (reader or splits).stream(keeper.steps_done + keeper.step_in_epoch)
             if watched:
@@ -144,7 +147,7 @@ class _Keeper(keras.callbacks.Callback):
         self.seconds_here = 0.0  # of this sitting
         self.steps_done = 0  # of finished epochs
         self.stopped = False
-        self.over = False  # the time or money of this sitting is used up
+        self.over = False  # the time or money that was given is used up
         self._since = None
         self._begun = False
         self._measured: list = []  # what the metrics of the broken-off epoch had counted
@@ -249,7 +252,7 @@ class _Keeper(keras.callbacks.Callback):
                 self._save_within(done)
         if self._too_long(done):
             say("", "the time or the money that was given is used up: stopping")
-            self.over = self.model.stop_training = True  # for this sitting: with more of it --resume goes on
+            self.over = self.model.stop_training = True  # with more of it --resume goes on
 
     def _leave(self) -> None:
         say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
@@ -279,6 +282,11 @@ class _Keeper(keras.callbacks.Callback):
         self._stop_clock()
         logs = {key: float(value) for key, value in logs.items()}
         steps = self._last + 1
+        if not math.isfinite(logs["val_loss"]):
+            raise FloatingPointError(
+                f"the validation loss became {logs['val_loss']} in epoch {epoch + 1}; lower the learning rate, use "
+                f"--clip=1 or --precision=float32; what was saved is in {self.config.folder}"
+            )
         self.steps_done += self._before + steps
         self.step_in_epoch = 0
         self.epoch = epoch + 1
