@@ -46,7 +46,7 @@ class Config(run.Config):
     optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps; backbones take AdamW
     rate: float = 0.0  # peak learning rate; 0: 0.008, for AdamW 0.003, with a backbone 0.0001, by LoRA 0.001
     decay: float = 0.1  # weight decay; with Muon of its matrices alone
-    xla: bool = True  # compile the steps: some seconds first, then a fifth faster
+    xla: bool = True  # compile the steps: some seconds first, then a fifth faster, but on CPU wide networks are slower
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
 
