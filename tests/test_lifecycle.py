@@ -1,6 +1,7 @@
 """Versions come, go and are swapped while requests go on."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -350,17 +351,91 @@ def test_a_vanished_base_path_changes_nothing_and_an_empty_one_unloads(base, cap
         until(lambda: states(client) == {1: "END"})
 
 
-def test_new_models_of_a_tree_are_served(base, versions):
-    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address, retries=0) as client:
-        publish(versions, base.parent / "second", 2)
+def names(server):
+    return {name for name, served in server.core.models.served().items() if served}
 
-        def served():
-            try:
-                return client.predict("second", {"x": X})["y"][0, 0] == 3
-            except ServerError:
-                return False
 
-        until(served)
+@pytest.mark.parametrize("named", [True, False])
+def test_new_models_of_a_tree_are_served(base, versions, monkeypatch, named):
+    if not named:
+        base.parent.rename(base.parent.with_name("saved_models"))
+        monkeypatch.chdir(base.parents[1])
+    with Server(Flags(models=str(base.parent) if named else "", **FAST)) as server:
+        publish(versions, Path(server.flags.models or "saved_models") / "second", 2)
+        until(lambda: names(server) == {"affine", "second"})
+
+
+def test_a_tree_that_new_flags_name_is_followed_and_the_old_one_is_not(base, versions, tmp_path):
+    other = tmp_path / "other"
+    publish(versions, other / "second", 2)
+    with Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server:
+        for tree, expected in ((base.parent, "affine"), (other, "second")):
+            server.reload(dataclasses.replace(server.flags, model_base_path="", models=str(tree)))
+            until(lambda expected=expected: names(server) == {expected})
+        publish(versions, base.parent / "third", 3)
+        publish(versions, other / "fourth", 3)
+        until(lambda: names(server) == {"second", "fourth"})
+
+
+def configuration(**bases):
+    found = protocol.ModelServerConfig()
+    for name, path in bases.items():
+        found.model_config_list.config.add(name=name, base_path=str(path), model_platform="tensorflow")
+    return found
+
+
+def test_a_folder_that_is_gone_holds_up_no_other_model(base, versions, caplog):
+    publish(versions, base.parent / "aaa", 1)
+    with (
+        Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
+        Client(server.address) as client,
+        caplog.at_level(logging.CRITICAL, "cornucopia.serve"),
+    ):
+        server.core.models.configure(configuration(aaa=base.parent / "aaa", affine=base))
+        shutil.rmtree(base.parent / "aaa")
+        publish(versions, base, 2)
+        until(lambda: answer(client) == 2)
+        assert names(server) == {"aaa", "affine"}  # the other goes on with what it has
+
+
+def test_a_configuration_that_was_refused_is_tried_again(base, versions, tmp_path, monkeypatch, caplog):
+    """A label on a version that is still loading is refused, and taken once that version answers."""
+    load, go = Server._load, threading.Event()
+
+    def slow(self, name, number, folder):
+        assert number == 1 or go.wait(20)
+        return load(self, name, number, folder)
+
+    monkeypatch.setattr(Server, "_load", slow)
+    policy = "model_version_policy { all {} }"
+    (tmp_path / "config").write_text(config(base, policy))
+    flags = Flags(model_config_file=str(tmp_path / "config"), model_config_file_poll_wait_seconds=0.05, **FAST)
+    with Server(flags) as server, Client(server.address, retries=0) as client:
+        publish(versions, base, 2)
+        (tmp_path / "config").write_text(config(base, policy + ' version_labels { key: "new" value: 2 }'))
+        until(lambda: "the new configuration is not taken: Request to assign label to version 2" in caplog.text)
+        go.set()
+        until(lambda: server.core.models._models["affine"].labels == {"new": 2})
+        assert answer(client, label="new") == 2
+
+
+def test_a_tree_that_does_not_change_undoes_nothing(base, versions, tmp_path, monkeypatch):
+    """What came over gRPC stays until the tree of models changes."""
+    look, looks, go = Server._config, [], threading.Event()
+
+    def watched(self, flags):
+        if threading.current_thread().name == "config":
+            go.wait(20)
+            looks.append(flags)
+        return look(self, flags)
+
+    monkeypatch.setattr(Server, "_config", watched)
+    publish(versions, tmp_path / "second", 2)
+    with Server(Flags(models=str(base.parent), **FAST)) as server:
+        server.core.models.configure(configuration(second=tmp_path / "second"))
+        go.set()
+        until(lambda: len(looks) > 1)  # so the first look has had its effect
+        assert names(server) == {"second"}
 
 
 def test_start_fails_with_what_is_wrong(base, tmp_path):

@@ -241,13 +241,13 @@ class Models:
     def refresh(self) -> None:
         """Look at the disk now, and begin what follows from it."""
         with self._lock:
-            try:
-                found = {name: _on_disk(model.config) for name, model in self._models.items()}
-            except OSError as error:  # TensorFlow Serving too gives up the round for all models
-                log.error("the disk cannot be read: %s", error)
-                return
             for name, model in self._models.items():
-                folders, wanted = found[name], _aspired(model.config, found[name])
+                try:
+                    folders = _on_disk(model.config)
+                except OSError as error:  # nothing changes for this one; TensorFlow Serving gives up the round for all
+                    log.error("the disk cannot be read: %s", error)
+                    continue
+                wanted = _aspired(model.config, folders)
                 for number in wanted:
                     known = model.versions.get(number)
                     left = known is not None and known.state in (UNLOADING, END) and number not in model.aspired

@@ -48,7 +48,7 @@ class Server:
         self._rules = batching.rules(_read(flags.batching_parameters_file, protocol.BatchingParameters),
                                      threads=processors()) if flags.enable_batching else None  # fmt: skip
         self._metrics, self._rest, self._grpc = Metrics(), None, None
-        self._config_text = None
+        self._configuring, self._known = threading.Lock(), self._config(flags)  # what was configured last, but by gRPC
         path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
         self._credentials = tls.server_credentials(_read(path, protocol.SSLConfig), path) if path else None
         self._context = tls.server_context(_read(rest_path, protocol.SSLConfig), rest_path) if rest_path else None
@@ -56,7 +56,7 @@ class Server:
         self._stopped, self.core = False, None
         with _starting():
             self._models = Models(
-                self._config(flags),
+                self._known,
                 self._load,
                 poll=flags.file_system_poll_wait_seconds,
                 retries=flags.max_num_load_retries,
@@ -183,9 +183,7 @@ class Server:
 
     def _config(self, flags: Flags) -> protocol.ModelServerConfig:
         if flags.model_config_file:
-            text = _text(flags.model_config_file)
-            self._config_text = text
-            return _parse(text, protocol.ModelServerConfig, flags.model_config_file)
+            return _read(flags.model_config_file, protocol.ModelServerConfig)
         config = protocol.ModelServerConfig()
         if flags.model_base_path:
             found = {flags.model_name: Path(flags.model_base_path)}
@@ -198,26 +196,23 @@ class Server:
 
     def _watch(self) -> None:
         """Follow the configuration file, or the tree of models, where it changes."""
-        flags = self.flags
-        if flags.model_config_file:
-            wait = float(flags.model_config_file_poll_wait_seconds)
-        else:
-            wait = flags.file_system_poll_wait_seconds if flags.models else 0.0
-        known = self._config_text or ""
-        while wait > 0 and not self._stopping.wait(wait):
+        while not self._stopping.wait(self._pause() or 1.0):
+            if not self._pause():
+                continue  # nothing is followed, until new flags say so
             try:
-                if flags.model_config_file:
-                    if (text := _text(flags.model_config_file)) == known:
-                        continue
-                    known = text
-                config = self._config(flags)
-                if not flags.model_config_file:
-                    if (text := str(config)) == known:
-                        continue
-                    known = text
-                self.reconfigure(config)
+                with self._configuring:
+                    # What was refused is not known, and so is tried again: a label's version may answer by then.
+                    if (config := self._config(self.flags)) != self._known:
+                        self.reconfigure(config)
             except (ValueError, OSError) as error:
                 log.error("the new configuration is not taken: %s", error)
+
+    def _pause(self) -> float:
+        """Seconds between two looks at what says which models there are; 0 where it is read once."""
+        flags = self.flags
+        if flags.model_config_file:
+            return max(0.0, flags.model_config_file_poll_wait_seconds)
+        return 0.0 if flags.model_base_path else max(0.0, flags.file_system_poll_wait_seconds)
 
     def reconfigure(self, config: protocol.ModelServerConfig) -> None:
         """Serve what a new configuration says; ValueError where it is wrong, and then nothing changes."""
@@ -226,6 +221,7 @@ class Server:
             self._models.configure(config, awaited=False)
         except RefusedError as error:
             raise ValueError(str(error)) from error
+        self._known = config
 
     def reload(self, flags: Flags) -> None:
         """Take new flags, as far as that goes without a new start."""
@@ -244,7 +240,8 @@ class Server:
         taken = {name: getattr(flags, name) for name in changed & RELOADABLE}
         self.flags = dataclasses.replace(self.flags, **taken)
         if flags.model_config_file or changed & {"model_base_path", "model_name", "models"}:
-            self.reconfigure(self._config(self.flags))
+            with self._configuring:
+                self.reconfigure(self._config(self.flags))
 
 
 @contextlib.contextmanager
