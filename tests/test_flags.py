@@ -1,5 +1,6 @@
 """The flags of the server, in both spellings, and what each does where another test does not show it."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ import tensorflow as tf
 from shared.serving import flags, load, protocol, server
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags, parse
+from shared.serving.gate import Recorder
 from shared.serving.records import records
 
 X = {"x": np.ones((1, 2), np.float32)}
@@ -181,6 +183,32 @@ def test_request_log_is_a_warm_up_and_an_evaluation_set(tree, tmp_path):
     with serving(tmp_path / "models", rest_api_port=-1) as one:
         text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
     assert ':tensorflow:serving:model_warmup_latency_count{model_path="affine",status="OK"} 1' in text
+
+
+@pytest.mark.parametrize("after", ["", "new"])
+def test_a_request_log_may_change_while_a_request_is_answered(tree, tmp_path, monkeypatch, after):
+    wants = Recorder.wants
+
+    def changing(recorder):
+        if "old-" in recorder.path.name:
+            one.reload(dataclasses.replace(one.flags, request_log=after and str(tmp_path / after)))
+        return wants(recorder)
+
+    monkeypatch.setattr(Recorder, "wants", changing)
+    for rest in (False, True):
+        with serving(tree, request_log=str(tmp_path / "old"), request_log_rate=1.0, rest_api_port=-1) as one:
+            with Client(f"http://{one.rest_address}" if rest else one.address, retries=0) as client:
+                assert client.predict("affine", X)["y"].shape == (1, 2)
+                assert client.predict("affine", X)["y"].shape == (1, 2)
+            assert (one.core.recorder is not None) == bool(after)
+    # What came after the change is in the new one.
+    assert len(list(tmp_path.glob("old-*"))) == 2
+    assert [len(list(records(path))) for path in tmp_path.glob("new-*")] == ([1, 1] if after else [])
+
+
+def test_each_request_log_is_a_file_of_its_own(tmp_path):
+    logs = [Recorder(str(tmp_path / "log"), 1.0) for _ in range(3)]
+    assert len({log.path for log in logs}) == 3
 
 
 def test_a_warm_up_that_fails_fails_the_version(tree, tmp_path):

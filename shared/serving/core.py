@@ -26,10 +26,16 @@ class Core:
     as_content: bool = False  # whether answers carry tensor_content in place of typed fields
     started: float = field(default_factory=time.time)
 
-    def record(self, kind: str, request: bytes, reply: bytes) -> None:
-        """Write a request to the record; a disk that refuses ends the recording, not the answer."""
+    def sample(self) -> Recorder | None:
+        """Where the next request is to be recorded; None where it is not."""
+        recorder = self.recorder  # read once: new flags may replace it at any moment
+        return recorder if recorder is not None and recorder.wants() else None
+
+    def record(self, recorder: Recorder, kind: str, request: bytes, reply: bytes) -> None:
+        """Write a request to a record; a disk that refuses ends the recording, not the answer."""
         try:
-            self.recorder.write(kind, request, reply)
+            recorder.write(kind, request, reply)
         except Exception as error:  # OSError and TensorFlow's own
-            log.error("recording ends, %s cannot be written: %s", self.recorder.path, error)
-            self.recorder = None
+            if self.recorder is recorder:  # else new flags have closed it meanwhile
+                log.error("recording ends, %s cannot be written: %s", recorder.path, error)
+                self.recorder = None

@@ -4,6 +4,7 @@ import hmac
 import random
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -61,7 +62,8 @@ class Recorder:
         """Write to `PREFIX-TIME.tfrecord` that share of the requests; OSError where the folder cannot be written to."""
         import tensorflow as tf
 
-        path = Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}.tfrecord")
+        # To the microsecond: the writer would empty the file of another that began in the same second.
+        path = Path(f"{prefix}-{datetime.now():%Y%m%d-%H%M%S-%f}.tfrecord")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._rate, self._lock = path, rate, threading.Lock()
         self._writer = tf.io.TFRecordWriter(str(path))

@@ -186,8 +186,8 @@ class Grpc:
                 left = context.time_remaining()
                 until = None if left is None or left > FAR else time.monotonic() + left
                 reply = work(data, stages, until)
-                if core.recorder is not None and api in RECORDED and core.recorder.wants():
-                    core.record(RECORDED[api], data, reply)
+                if api in RECORDED and (recorder := core.sample()):
+                    core.record(recorder, RECORDED[api], data, reply)
                 if sent.keys() - USUAL:
                     context.set_trailing_metadata(trailing(sent, stages))
                 return reply

@@ -200,7 +200,7 @@ class Rest:
         begun = time.perf_counter()
         servable = core.models.find(spec)
         stages.api, stages.model = verb, servable.name
-        record = core.recorder is not None and core.recorder.wants()
+        recorder = core.sample()
         if verb == "predict":
             key, inputs, row = rest_json.read_predict(body, lambda key: _signature(servable, key))
             key = key or DEFAULT
@@ -210,8 +210,8 @@ class Rest:
             named = dict(zip(aliases, outputs, strict=True))
             answer = rest_json.write_predict(named, row=row)
             stages.encode = time.perf_counter() - begun
-            if record:
-                core.record("predict_log", *_as_messages(spec, key, inputs, named))
+            if recorder:
+                core.record(recorder, "predict_log", *_as_messages(spec, key, inputs, named))
             return answer
         key, given = rest_json.read_examples(body)
         spec.signature_name = key
@@ -219,8 +219,8 @@ class Rest:
         asked = kind(model_spec=spec, input=given)
         stages.decode = time.perf_counter() - begun
         reply = getattr(core.inference, verb)(servable, asked, stages, until)
-        if record:
-            core.record(f"{verb}_log", asked.SerializeToString(), reply.SerializeToString())
+        if recorder:
+            core.record(recorder, f"{verb}_log", asked.SerializeToString(), reply.SerializeToString())
         begun = time.perf_counter()
         write = rest_json.write_classifications if verb == "classify" else rest_json.write_regressions
         answer = write(reply)
