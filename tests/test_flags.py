@@ -113,6 +113,22 @@ def test_flag_file_and_its_reload(tree, tmp_path):
     assert any(line.get("entrypoint") == "REST" and line["status"] == "UNAUTHENTICATED" for line in lines)
 
 
+@pytest.mark.parametrize("wrong", ["model_config_file", "models", "token_file", "request_log"])
+def test_where_one_new_flag_is_wrong_none_is_taken(tree, tmp_path, wrong):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "config").write_text("nonsense {")
+    values = {"model_config_file": tmp_path / "config", "models": tmp_path / "none", "token_file": tmp_path / "empty",
+              "request_log": tmp_path / "empty" / "log"}  # fmt: skip
+    changes = {"token_file": str(tmp_path / "token"), "request_log": str(tmp_path / "log"), "access_log": True}
+    with serving(tree) as one, Client(one.address, retries=0) as client:
+        before = one.flags
+        with pytest.raises((ValueError, OSError)):
+            one.reload(dataclasses.replace(before, **{**changes, wrong: str(values[wrong])}))
+        assert (one.core.gate.open, one.core.access, one.core.recorder, one.flags) == (True, None, None, before)
+        assert client.predict("affine", X)["y"].shape == (1, 2)
+
+
 def test_token(tree, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     with serving(tree, token_file=str(tmp_path / "token"), rest_api_port=-1) as one:

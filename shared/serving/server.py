@@ -75,7 +75,7 @@ class Server:
                 inference=Inference(self._models, check_methods=flags.enable_signature_method_name_check),
                 metrics=self._metrics,
                 gate=Gate(**_gate(flags)),
-                recorder=Recorder(flags.request_log, flags.request_log_rate) if flags.request_log else None,
+                recorder=_recorder(flags),
                 access=_access if flags.access_log else None,
                 as_content=flags.enable_serialization_as_tensor_content,
             )
@@ -224,24 +224,27 @@ class Server:
         self._known = config
 
     def reload(self, flags: Flags) -> None:
-        """Take new flags, as far as that goes without a new start."""
+        """Take new flags, as far as that goes without a new start; ValueError or OSError where one is wrong."""
         changed = {name for name, value in dataclasses.asdict(flags).items() if value != getattr(self.flags, name)}
         for name in sorted(changed - RELOADABLE):
             log.warning("--%s takes effect at the next start", name)
-        core = self.core
-        core.gate.set(**_gate(flags))
+        flags = dataclasses.replace(self.flags, **{name: getattr(flags, name) for name in changed & RELOADABLE})
+        # What may be refused comes first, so that then nothing is taken.
+        core, gate = self.core, _gate(flags)
+        logs = changed & {"request_log", "request_log_rate"}
+        named = flags.model_config_file or changed & {"model_config_file", "model_base_path", "model_name", "models"}
+        with self._configuring:
+            config = self._config(flags) if named else None
+            recorder = _recorder(flags) if logs else None
+            if config is not None:
+                self.reconfigure(config)
+            self.flags = flags
+        core.gate.set(**gate)
         core.access = _access if flags.access_log else None
-        if changed & {"request_log", "request_log_rate"}:
-            before, core.recorder = core.recorder, (
-                Recorder(flags.request_log, flags.request_log_rate) if flags.request_log else None
-            )  # fmt: skip
+        if logs:
+            before, core.recorder = core.recorder, recorder
             if before:
                 before.close()
-        taken = {name: getattr(flags, name) for name in changed & RELOADABLE}
-        self.flags = dataclasses.replace(self.flags, **taken)
-        if flags.model_config_file or changed & {"model_base_path", "model_name", "models"}:
-            with self._configuring:
-                self.reconfigure(self._config(self.flags))
 
 
 @contextlib.contextmanager
@@ -270,6 +273,10 @@ def _gate(flags: Flags) -> dict:
     if flags.token_file and not token:
         raise ValueError(f"--token_file={flags.token_file} is empty; put a token in it")
     return {"token": token, "rate": flags.max_requests_per_second, "most": flags.max_requests_at_a_time}
+
+
+def _recorder(flags: Flags) -> Recorder | None:
+    return Recorder(flags.request_log, flags.request_log_rate) if flags.request_log else None
 
 
 def _text(path: str) -> str:
