@@ -507,6 +507,26 @@ def test_sigterm_while_it_waits_ends_it(tmp_path):
     assert process.returncode == 0
 
 
+def test_sigterm_while_it_loads_ends_it(tmp_path):
+    """The load reads a pipe into which nobody writes, and so never ends."""
+    pipe = tmp_path / "slow" / "1" / "saved_model.pb"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+
+    def read():
+        with contextlib.suppress(OSError):  # as long as nobody reads
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+
+    with started(tmp_path, f"--model_base_path={pipe.parents[1]}") as process:
+        end = until(read, seconds=60)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        finally:
+            os.close(end)
+    assert process.returncode == 0
+
+
 def test_a_reload_is_not_awaited(base, versions, tmp_path):
     """SIGHUP takes up a model that does not come, then its correction, then SIGTERM: none waits for it."""
     late = tmp_path / "late"

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -324,8 +325,8 @@ def serve(words: list[str]) -> int:
 
     def end(*_):
         stop.set()
-        if not ready:  # there is nothing to finish, and what is loading may take for ever
-            raise SystemExit(0)
+        if not ready:  # there is nothing to finish, and what is loading may take for ever: Python would wait for it
+            os._exit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
