@@ -499,6 +499,33 @@ def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_pa
     assert process.returncode == 0
 
 
+def test_a_stopped_server_answers_what_is_in_flight_and_leaves_no_thread(base, monkeypatch):
+    before, begun, go = set(threading.enumerate()), threading.Semaphore(0), threading.Event()
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address, retries=0) as client:
+        predict, answers = server.core.inference.predict, []
+
+        def slow(*arguments):
+            with arguments[4].waiting():  # so more threads are begun, which sleep afterwards
+                begun.release()
+                go.wait(20)
+            return predict(*arguments)
+
+        monkeypatch.setattr(server.core.inference, "predict", slow)
+        asking = [threading.Thread(target=lambda: answers.append(answer(client))) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        for _ in asking:
+            assert begun.acquire(timeout=20)
+        stopping = threading.Thread(target=server.stop, args=(20,))
+        stopping.start()
+        until(lambda: server._stopping.is_set())
+        go.set()
+        for thread in (*asking, stopping):
+            thread.join()
+        assert answers == [1] * 4
+        until(lambda: not [thread for thread in set(threading.enumerate()) - before if thread.name == "answer"])
+
+
 def test_sigterm_while_it_waits_ends_it(tmp_path):
     (tmp_path / "late").mkdir()
     with started(tmp_path, f"--model_base_path={tmp_path / 'late'}") as process:

@@ -75,8 +75,12 @@ class Pool:
                     self._surplus += 1
 
     def close(self) -> None:
-        """Look after stuck calls no more."""
-        self._closed.set()
+        """End the threads, each after the call that it runs; no call may be submitted any more."""
+        with self._lock:
+            self._closed.set()
+            while self._parked:
+                self._parked.pop().release()
+        self._tasks.put(None)
 
     def _relieve(self) -> None:
         before = 0
@@ -96,21 +100,22 @@ class Pool:
     def _work(self) -> None:
         bed = threading.Lock()
         bed.acquire()
-        while True:
-            call, arguments, named = self._tasks.get()
+        while (task := self._tasks.get()) is not None:
+            call, arguments, named = task
             try:
                 call(*arguments, **named)
             except Exception:  # a call that fails must not take the thread with it
                 log.exception("a call failed")
             self._ended += 1
-            del call, arguments, named  # what a request held goes with it, not with the next
+            del task, call, arguments, named  # what a request held goes with it, not with the next
             if self._surplus:
                 with self._lock:
-                    if park := self._surplus > 0:
+                    if park := self._surplus > 0 and not self._closed.is_set():
                         self._surplus -= 1
                         self._parked.append(bed)
                 if park:
                     bed.acquire()
+        self._tasks.put(None)  # for the next
 
 
 class Grpc:
@@ -167,8 +172,11 @@ class Grpc:
     def stop(self, grace: float) -> threading.Event:
         """Take no new calls and let those in flight end within some seconds; the event says when it is done."""
         self.health.enter_graceful_shutdown()
-        self._pool.close()
         return self._server.stop(grace)
+
+    def close(self) -> None:
+        """Let the threads go, once what `stop` returns is set."""
+        self._pool.close()
 
     # Calls: bytes -> bytes.
 

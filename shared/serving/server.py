@@ -133,6 +133,7 @@ class Server:
             self._rest.stop(grace)
         if ended:
             ended.wait()
+            self._grpc.close()
         self._models.stop()
         if self.core and self.core.recorder:
             self.core.recorder.close()
