@@ -211,8 +211,6 @@ class Grpc:
                 status = "RESOURCE_EXHAUSTED"
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is not enough memory for this request")
             except Exception as error:
-                if status != "OK":  # what `abort` raises
-                    raise
                 status = "INTERNAL"
                 log.exception("%s of %s failed", api, stages.model or "no model")
                 context.abort(grpc.StatusCode.INTERNAL, _cut(f"{type(error).__name__}: {error}"))
