@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -325,6 +326,33 @@ def posted(server, body):
         urllib.request.urlopen(request, timeout=20)
     with error.value as answer:
         return answer.code, json.loads(answer.read())["error"]
+
+
+def test_what_breaks_in_the_server_is_told_counted_and_logged(slow, monkeypatch, caplog):
+    def broken(*_):
+        raise KeyError("lost")
+
+    with serving(slow, rest_api_port=-1) as one:
+        monkeypatch.setattr(one.core.inference, "predict", broken)
+        assert posted(one, b'{"inputs": [1]}') == (500, "KeyError: 'lost'")
+        assert "POST /v1/models/slow:predict failed" in caplog.text
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+        assert ':request_count{model_name="slow",status="INTERNAL"} 1\n' in text
+
+
+def test_a_client_that_is_gone_is_no_fault_of_the_server(slow, caplog):
+    told = []
+    with serving(slow, rest_api_port=-1) as one:
+        one.core.access = lambda *line: told.append(line[2])
+        host, port = one.rest_address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/models/slow:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        end = time.monotonic() + 10
+        while not told:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert told == ["CANCELLED"]
+    assert "failed" not in caplog.text
 
 
 def test_rest_timeout(slow):

@@ -5,6 +5,7 @@ aiohttp takes connections, chunks, compressed bodies and keep-alive; each reques
 
 import asyncio
 import json
+import logging
 import re
 import ssl
 import threading
@@ -16,7 +17,6 @@ from urllib.parse import unquote_to_bytes
 import grpc
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from google.protobuf.message import DecodeError
 
 from shared.serving import openapi, protocol, rest_json, tensors
 from shared.serving.core import Core
@@ -31,6 +31,7 @@ CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POS
         "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
 SLACK = 0.05  # seconds beyond a request's time, in which what it waits for says itself that the time is over
 NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+log = logging.getLogger("cornucopia.serve")
 
 
 class Rest:
@@ -111,7 +112,7 @@ class Rest:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         request.protocol.in_time()
         self._busy += 1
-        begun, status, stages, inside = time.perf_counter(), "OK", Stages(""), False
+        begun, status, stages, inside = time.perf_counter(), "CANCELLED", Stages(""), False  # till there is an answer
         headers = dict(CORS) if self._cors else {}
         headers |= {name: request.headers[name] for name in ("X-Request-Id", "traceparent") if name in request.headers}
         code, kind, body = 200, "application/json", b""
@@ -128,6 +129,7 @@ class Rest:
             until = time.monotonic() + self._seconds
             work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages, until)
             code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds + SLACK)
+            status = "OK"
         except RefusedError as error:
             status, code = error.code.name, rest_json.HTTP_STATUS.get(error.code, 500)
             body = rest_json.write_error(str(error))
@@ -136,8 +138,12 @@ class Rest:
         except TimeoutError:
             status, code = "DEADLINE_EXCEEDED", 504
             body = rest_json.write_error(f"the answer took longer than {self._seconds:g} seconds")
-        except (DecodeError, MemoryError) as error:
-            status, code, body = "INTERNAL", 500, rest_json.write_error(str(error) or type(error).__name__)
+        except ConnectionError:  # the client is gone, and nobody reads an answer
+            code = 499
+        except Exception as error:
+            status, code, body = "INTERNAL", 500, rest_json.write_error(f"{type(error).__name__}: {error}")
+            log.exception("%s %s failed", request.method, request.raw_path)
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         finally:
             self._busy -= 1
             if inside:
