@@ -220,7 +220,7 @@ def test_long_runs_answer_alike_serial_or_shared_out(versions, monkeypatch, larg
 
 
 def test_memory_comes_back(tmp_path):
-    """Ten swaps of a version with 40 MB of weights leave no ten times 40 MB behind."""
+    """Seven swaps of a version with 40 MB of weights leave, after the second, less than two versions behind."""
     import tensorflow as tf
 
     class Large(tf.Module):
@@ -268,7 +268,7 @@ def test_policies(base, versions, tmp_path, policy, expected):
         assert answer(client) == max(expected)
 
 
-def test_labels_and_reload(base, versions, tmp_path):
+def test_labels_and_reload(base, versions, tmp_path, caplog):
     publish(versions, base, 2)
     policy = "model_version_policy { all {} } "
     (tmp_path / "config").write_text(config(base, policy + 'version_labels { key: "stable" value: 1 }'))
@@ -290,7 +290,7 @@ def test_labels_and_reload(base, versions, tmp_path):
         until(lambda: answer(client, label="stable") == 2)
         assert answer(client, label="old") == 1
         (tmp_path / "config").write_text("nonsense {")  # is logged, and changes nothing
-        time.sleep(1.2)
+        until(lambda: "the new configuration is not taken: Error parsing" in caplog.text)
         assert answer(client, label="old") == 1
 
 
@@ -342,11 +342,10 @@ def test_a_vanished_base_path_changes_nothing_and_an_empty_one_unloads(base, cap
         Server(Flags(model_base_path=str(base), model_name="affine", **FAST)) as server,
         Client(server.address) as client,
     ):
-        with caplog.at_level(logging.CRITICAL, "cornucopia.serve"):
-            base.rename(base.parent / "away")
-            time.sleep(0.3)
-            assert answer(client) == 1
-            (base.parent / "away").rename(base)
+        base.rename(base.parent / "away")
+        until(lambda: caplog.text.count("the disk cannot be read") > 1)  # so the first time has had its effect
+        assert answer(client) == 1
+        (base.parent / "away").rename(base)
         shutil.rmtree(base / "1")
         until(lambda: states(client) == {1: "END"})
 
