@@ -15,13 +15,19 @@ FEEDS, FETCHES = ("x:0",), ("y:0",)
 
 
 class Version:
-    """Doubles its input; refuses a batch with a 13 in it; remembers the batches that it ran."""
+    """Doubles its input; refuses a batch with a 13 in it; remembers the batches that it ran.
 
-    def __init__(self, seconds=0.05):
-        self.batches, self.seconds = [], seconds
+    A batch takes so many seconds; without that it lasts until `go` is set.
+    """
+
+    def __init__(self, seconds=None):
+        self.batches, self.seconds, self.go = [], seconds or 0, threading.Event()
+        if seconds is not None:
+            self.go.set()
 
     def answer(self, feeds, fetches, arrays):
         self.batches.append(arrays[0].copy())
+        assert self.go.wait(20)
         time.sleep(self.seconds)
         if (arrays[0] == 13).any():
             raise invalid("13 brings bad luck")
@@ -32,8 +38,16 @@ class Version:
         return [len(batch) for batch in self.batches]
 
 
+def until_there(together, version, rows):
+    """Wait until so many examples run or are in a queue."""
+    end = time.monotonic() + 20
+    while sum(version.sizes) + sum(queue.rows for queue in together._queues.values()) < rows:
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
 def ask_together(rules, requests, version=None):
-    """Send requests at the same time; the version, and each request's answer or error."""
+    """Send requests, in this order and before one is answered; the version, and each request's answer or error."""
     version, together = version or Version(), Batching(rules)
     answers = [None] * len(requests)
 
@@ -44,9 +58,13 @@ def ask_together(rules, requests, version=None):
             answers[index] = error
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(requests))]
-    for thread in threads:
+    rows = 0
+    for thread, request in zip(threads, requests, strict=True):
         thread.start()
-        time.sleep(0.002)  # in this order
+        rows += len(request)
+        if not version.go.is_set():
+            until_there(together, version, rows)
+    version.go.set()
     for thread in threads:
         thread.join(20)
     return version, answers
@@ -64,12 +82,12 @@ def test_what_comes_while_a_batch_runs_is_the_next():
 
 
 def test_a_wait_fills_the_first_batch_and_a_full_one_does_not_wait():
-    version, _ = ask_together(Rules(threads=1, wait=0.2), [row(index) for index in range(4)])
+    version, _ = ask_together(Rules(threads=1, wait=0.5), [row(index) for index in range(4)])
     assert version.sizes == [4]
     begun = time.monotonic()
-    version, _ = ask_together(Rules(threads=1, wait=5.0, largest=4, run_largest=4), [row(index) for index in range(4)])
+    version, _ = ask_together(Rules(threads=1, wait=15.0, largest=4, run_largest=4), [row(index) for index in range(4)])
     assert version.sizes == [4]
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
 
 
 def test_many_in_many_threads_each_get_their_own():
@@ -107,9 +125,9 @@ def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
 
 def test_large_requests():
     large = np.arange(9, dtype=np.float32)[:, None]
-    _, (refused,) = ask_together(Rules(largest=8, run_largest=8), [large])
+    _, (refused,) = ask_together(Rules(largest=8, run_largest=8), [large], Version(0))
     assert str(refused) == "Task size 9 is larger than maximum input batch size 8"
-    version, (answer,) = ask_together(Rules(largest=8, run_largest=4, split=True), [large])
+    version, (answer,) = ask_together(Rules(largest=8, run_largest=4, split=True), [large], Version(0))
     assert version.sizes == [4, 4, 1]
     assert answer[:, 0].tolist() == [2.0 * index for index in range(9)]
 
@@ -138,22 +156,25 @@ def test_outputs_must_have_a_row_for_each_example():
 
 
 def test_a_full_queue_and_a_deadline_refuse():
-    version, together = Version(seconds=0.5), Batching(Rules(threads=1, waiting=1, largest=2, run_largest=2))
+    version, together = Version(), Batching(Rules(threads=1, waiting=1, largest=2, run_largest=2))
     busy = [threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)])) for _ in range(3)]
-    for thread in busy:
+    for count, thread in enumerate(busy, 1):
         thread.start()
-        time.sleep(0.05)
+        until_there(together, version, count)
     with pytest.raises(RefusedError, match="batch scheduling queue to which this task was submitted is full") as error:
         together.run(version, FEEDS, FETCHES, [row(2)])
     assert error.value.code.name == "UNAVAILABLE"
+    version.go.set()
     for thread in busy:
         thread.join()
+    version = Version()
     busy = threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)]))
     busy.start()
-    time.sleep(0.05)
-    with pytest.raises(RefusedError) as error:
+    until_there(together, version, 1)
+    with pytest.raises(RefusedError, match="timeout exceeded while waiting in batching queue") as error:
         together.run(version, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
-    assert error.value.code.name == "DEADLINE_EXCEEDED"
+    assert error.value.code.name == "RESOURCE_EXHAUSTED"
+    version.go.set()
     busy.join()
 
 
