@@ -82,12 +82,32 @@ def test_what_comes_while_a_batch_runs_is_the_next():
 
 
 def test_a_wait_fills_the_first_batch_and_a_full_one_does_not_wait():
-    version, _ = ask_together(Rules(threads=1, wait=0.5), [row(index) for index in range(4)])
-    assert version.sizes == [4]
+    for threads in (1, 2):
+        version, _ = ask_together(Rules(threads=threads, wait=0.5), [row(index) for index in range(4)])
+        assert version.sizes == [4]
+        begun = time.monotonic()
+        rules = Rules(threads=threads, wait=15.0, largest=4, run_largest=4)
+        version, _ = ask_together(rules, [row(index) for index in range(4)])
+        assert version.sizes == [4]
+        assert time.monotonic() - begun < 5
+
+
+def test_with_a_wait_as_many_full_batches_run_as_there_are_threads():
+    rules = Rules(threads=2, wait=15.0, largest=4, run_largest=4)
     begun = time.monotonic()
-    version, _ = ask_together(Rules(threads=1, wait=15.0, largest=4, run_largest=4), [row(index) for index in range(4)])
-    assert version.sizes == [4]
+    version, answers = ask_together(rules, [row(index) for index in range(12)])
+    assert version.sizes == [4, 4, 4]
+    assert [answer[0, 0] for answer in answers] == [2.0 * index for index in range(12)]
+    # What does not fit into a batch begins the next, and is not left without a leader.
+    version, _ = ask_together(rules, [np.ones((3, 2), np.float32), np.ones((3, 2), np.float32), row(1)])
+    assert version.sizes == [3, 4]
     assert time.monotonic() - begun < 5
+
+
+def test_without_a_wait_none_joins_while_a_thread_is_free():
+    version, _ = ask_together(Rules(threads=2), [row(index) for index in range(5)])
+    assert version.sizes[:2] == [1, 1]
+    assert sum(version.sizes) == 5
 
 
 def test_many_in_many_threads_each_get_their_own():

@@ -1,7 +1,8 @@
 """Requests that wait for the same graph run together.
 
 The first to come leads: it takes what waits, runs it as one, hands out the answers, and gives the lead on. So without
-a wait a lone request runs at once, in its own thread, and a batch is what came while the one before it ran.
+a wait a lone request runs at once, in its own thread, and a batch is what came while the one before it ran. With a
+wait one leader at a time collects: all that come join its batch, until that is full or its first request has waited.
 """
 
 import threading
@@ -80,6 +81,7 @@ class _Queue:
         self.tasks: list[_Task] = []
         self.rows = 0
         self.leaders = 0
+        self.collecting = False  # whether one of them waits for more
 
 
 class Batching:
@@ -119,11 +121,11 @@ class Batching:
                 )
             queue.tasks.append(task)
             queue.rows += rows
-            if queue.leaders < rules.threads:
+            if queue.leaders < rules.threads and not queue.collecting:
                 queue.leaders += 1
-                task.leads = True
-            elif rules.wait:
-                queue.more.notify_all()
+                task.leads, queue.collecting = True, rules.wait > 0
+            elif queue.collecting and queue.rows >= rules.run_largest:
+                queue.more.notify()
         if not task.leads:
             left = -1 if until is None else max(0.0, until - time.monotonic())
             if not task.said.acquire(timeout=left):
@@ -134,8 +136,7 @@ class Batching:
                         raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, OVERDUE)  # as upstream's
                 task.said.acquire()
         if task.leads:
-            while task.leads:
-                self._lead(servable, queue, task, feeds, fetches)
+            self._lead(servable, queue, task, feeds, fetches)
             task.said.acquire()
         if task.error is not None:
             try:
@@ -156,13 +157,14 @@ class Batching:
                 return self._queues.setdefault(key, _Queue())
 
     def _lead(self, servable: Servable, queue: _Queue, task: _Task, feeds: tuple, fetches: tuple) -> None:
-        """Run one batch; then lead no more, unless one's own request still waits."""
+        """Run a batch, in which one's own request is the first; then give the lead on."""
         rules = self._rules
         with queue.lock:
             if rules.wait:
-                end = time.perf_counter() + rules.wait
+                end = task.at + rules.wait
                 while queue.rows < rules.run_largest and (left := end - time.perf_counter()) > 0:
                     queue.more.wait(left)
+                queue.collecting = False
             taken, rows = [], 0
             for one in queue.tasks:
                 if one.leads and one is not task:
@@ -173,19 +175,22 @@ class Batching:
                 rows += one.rows
             queue.tasks = [one for one in queue.tasks if one not in taken]
             queue.rows -= rows
-        if taken:  # another leader may have taken them while this one waited for more
-            self._run(servable, taken, rows, feeds, fetches)
+            self._appoint(queue)  # what did not fit must not wait until this batch has run
+        self._run(servable, taken, rows, feeds, fetches)
         with queue.lock:
-            if task not in queue.tasks:
-                task.leads = False
-                next_ = next((one for one in queue.tasks if not one.leads), None)
-                if next_ is None:
-                    queue.leaders -= 1
-                else:
-                    next_.leads = True
-                    next_.said.release()
+            queue.leaders -= 1
+            self._appoint(queue)
         for done in taken:
             done.said.release()
+
+    def _appoint(self, queue: _Queue) -> None:
+        """Have the first that waits lead the next batch, if none collects one and a thread is free for it."""
+        if queue.tasks and queue.leaders < self._rules.threads and not queue.collecting:
+            next_ = next((one for one in queue.tasks if not one.leads), None)
+            if next_ is not None:
+                queue.leaders += 1
+                next_.leads, queue.collecting = True, self._rules.wait > 0
+                next_.said.release()
 
     def _run(self, servable: Servable, tasks: list[_Task], rows: int, feeds: tuple, fetches: tuple, *,
              again: bool = False) -> None:  # fmt: skip
