@@ -84,6 +84,16 @@ def test_flags_that_contradict_each_other(words, text):
         parse(words)
 
 
+def test_a_flag_file_is_read_in_either_spelling(tmp_path):
+    path = tmp_path / "flags"
+    path.write_text("--token_file=secret\n--port=1\n")
+    for words in ([f"--flagfile={path}"], ["--flagfile", str(path)]):
+        found, _ = parse([*words, "--port=2"])
+        assert (found.token_file, found.port, found.flagfile) == ("secret", 2, str(path))
+    with pytest.raises(FileNotFoundError):
+        parse(["--flagfile", str(tmp_path / "none")])
+
+
 def test_unknown_flag_is_answered_without_tensorflow(cornucopia):
     done = cornucopia("serve", "--prot=1", expect=2)
     assert "prot" in done.stderr + done.stdout

@@ -3,6 +3,7 @@
 Importing this does not load TensorFlow, so that `--help` and a wrong flag are answered at once.
 """
 
+import argparse
 import dataclasses
 import os
 import shlex
@@ -118,7 +119,9 @@ _BOOLEANS = {field.name for field in dataclasses.fields(Flags) if field.type is 
 
 def _with_file(words: list[str]) -> list[str]:
     """The words, with those of a flag file before them, so that the command line wins."""
-    path = next((word.partition("=")[2] for word in words if word.startswith("--flagfile=")), "")
+    only = argparse.ArgumentParser("cornucopia serve", add_help=False, allow_abbrev=False)
+    only.add_argument("--flagfile", default="")
+    path = only.parse_known_args(words)[0].flagfile
     if not path:
         return words
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
