@@ -73,7 +73,7 @@ class Servable:
 
     def __init__(self, name: str, version: int, folder: Path, *, tags: Iterable[str] = ("serve",),
                  threads: tuple[int, int] = (0, 0)):  # fmt: skip
-        """Load a version; `threads` are TensorFlow's within and between operations, 0 for as many as processors.
+        """Load a version; `threads` are TensorFlow's within operations, 0: one a processor, and between them, 0: none.
 
         Raises:
             ValueError: the folder holds no SavedModel that can be loaded; says why.
@@ -91,6 +91,8 @@ class Servable:
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, tf.errors.OpError) as error:
             self._session.close()
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        # Without a hand-over to the pool between operations: the request's own thread runs them all.
+        self._pool = 0 if threads[1] else -1
         self._callables: dict[Any, Any] = {}
         self._paces: dict[Any, _Pace] = {}  # by what was run and how many rows
         self._making = threading.Lock()  # one serial callable at a time
@@ -103,7 +105,7 @@ class Servable:
             if key.startswith("__") or not _takes_arrays(definition):
                 continue
             feeds, _, _, fetches = self._callables[key] = _plan(definition)
-            self._callables[feeds, fetches] = _callable(self._session, feeds, fetches)  # no first request waits for it
+            self._callables[feeds, fetches] = self._callable(feeds, fetches)  # no first request waits for it
         self._defaults = {key: {alias: tensors.from_proto(proto) for alias, proto in definition.defaults.items()}
                           for key, definition in self.definitions.items()}  # fmt: skip
 
@@ -207,7 +209,8 @@ class Servable:
 
     def _make_serial(self, feeds: tuple, fetches: tuple) -> None:
         try:
-            call = _fast_callable(self._session, feeds, fetches, serial=True)
+            # Threads of such a pool are taken for some that must not wait for others, so kernels do their work alone.
+            call = _fast_callable(self._session, feeds, fetches, experimental={"use_run_handler_pool": True})
             if call is None:
                 self._both = False
             else:
@@ -223,7 +226,7 @@ class Servable:
         try:
             call = self._callables[(feeds, fetches, "serial") if serial else (feeds, fetches)]
         except KeyError:
-            call = self._callables[feeds, fetches] = _callable(self._session, feeds, fetches)
+            call = self._callables[feeds, fetches] = self._callable(feeds, fetches)
         try:
             outputs = call(*arrays)
         except tf.errors.OpError as error:
@@ -231,6 +234,11 @@ class Servable:
         except (TypeError, ValueError) as error:
             raise invalid(str(error)) from error
         return [output if isinstance(output, np.ndarray) else _scalar(output) for output in outputs]
+
+    def _callable(self, feeds: tuple, fetches: tuple) -> Callable:
+        """A function arrays -> arrays: the private one is several times faster than the public it falls back to."""
+        return (_fast_callable(self._session, feeds, fetches, inter_op_thread_pool=self._pool)
+                or self._session.make_callable(list(fetches), feed_list=list(feeds)))  # fmt: skip
 
     def warm_ups(self) -> list[PredictionLog]:
         """The requests in the version's warm-up file; none where there is no such file.
@@ -335,13 +343,7 @@ def _filtered(definition: SignatureDef, wanted: Sequence[str]) -> tuple:
     return tuple(definition.outputs[alias].name for alias in wanted)
 
 
-def _callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple):
-    """A function arrays -> arrays: the private one is several times faster than the public one it falls back to."""
-    # Without a hand-over to the pool between operations: the request's own thread runs them all.
-    return _fast_callable(session, feeds, fetches) or session.make_callable(list(fetches), feed_list=list(feeds))
-
-
-def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, *, serial: bool = False):
+def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, **run_options) -> Callable | None:
     options = tf.compat.v1.CallableOptions() if hasattr(tf.compat.v1, "CallableOptions") else None
     if options is None:
         from tensorflow.core.protobuf import config_pb2
@@ -349,11 +351,7 @@ def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, 
         options = config_pb2.CallableOptions()
     options.feed.extend(feeds)
     options.fetch.extend(fetches)
-    if serial:
-        # Threads of such a pool are taken for some that must not wait for others, so kernels do their work alone.
-        options.run_options.experimental.use_run_handler_pool = True
-    else:
-        options.run_options.inter_op_thread_pool = -1
+    options.run_options.MergeFrom(tf.compat.v1.RunOptions(**run_options))
     try:
         return session._make_callable_from_options(options)
     except AttributeError:
