@@ -63,7 +63,8 @@ class Metrics:
                 line = self._lines.setdefault(key, _Line())
         with line.lock:
             line.statuses[status] = line.statuses.get(status, 0) + 1
-            line.latency.add(seconds * 1e6)
+            if status == "OK":  # as TensorFlow Serving: a refusal is fast, and would make the rest look so
+                line.latency.add(seconds * 1e6)
             if stages.batch:
                 line.runtime.add(stages.run * 1e6)
                 line.batch.add(stages.batch)
