@@ -258,6 +258,10 @@ class Models:
 
     def _reconcile(self, name: str, model: Model) -> None:
         """Begin loads and unloads: a version that answers goes only when one that is wanted answers, or none is."""
+        for number, version in model.versions.items():
+            if version.state == LOADING and version.again_at and number not in model.aspired:
+                version.state = END  # gone while it waited for its next try
+                self._changed.notify_all()
         now = time.monotonic()
         for number in sorted(model.aspired, reverse=True):
             version = model.versions[number]

@@ -1,0 +1,72 @@
+"""Which versions are served, without a server: versions here are empty folders, and what loads them is the test's."""
+
+import shutil
+import time
+
+import pytest
+
+from shared.serving.models import END, LOADING, Models
+from shared.serving.protocol import ModelServerConfig, ModelSpec
+
+
+class Version:
+    """What answers, as far as `Models` looks at it."""
+
+    def detach(self):
+        return lambda: None
+
+
+def load(name, number, folder):
+    if (folder / "bad").exists():
+        raise ValueError(f"{name} is bad")
+    return Version()
+
+
+def configured(root, *names):
+    config = ModelServerConfig()
+    for name in names:
+        config.model_config_list.config.add(name=name, base_path=str(root / name), model_platform="tensorflow")
+    return config
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Models that look at the disk when they are told to; `a` answers, `b` is bad."""
+    (tmp_path / "a" / "1").mkdir(parents=True)
+    (tmp_path / "b" / "1" / "bad").mkdir(parents=True)
+    models = Models(configured(tmp_path, "a"), load, poll=-1, retry_seconds=60)
+    models.refresh()
+    models.wait(timeout=20)
+    yield models
+    models.stop()
+
+
+def ended(models, name):
+    return [one.state for one in models.status(ModelSpec(name=name)).model_version_status] == [END]
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("by", ["disk", "configuration"])
+def test_a_version_that_goes_while_it_waits_for_its_next_try_ends(tmp_path, models, by):
+    models.configure(configured(tmp_path, "a", "b"), awaited=False)
+    version = models._models["b"].versions[1]
+    until(lambda: version.again_at)
+    assert version.state == LOADING
+    if by == "disk":
+        shutil.rmtree(tmp_path / "b" / "1")
+        models.refresh()
+    else:
+        models.configure(configured(tmp_path, "a"))
+    assert ended(models, "b")
+    # What comes back in its place is a new one.
+    shutil.rmtree(tmp_path / "b" / "1" / "bad", ignore_errors=True)
+    (tmp_path / "b" / "1").mkdir(exist_ok=True)
+    models.configure(configured(tmp_path, "a", "b"))
+    models.wait(timeout=20)
+    assert models.find(ModelSpec(name="b"))
