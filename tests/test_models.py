@@ -70,3 +70,10 @@ def test_a_version_that_goes_while_it_waits_for_its_next_try_ends(tmp_path, mode
     models.configure(configured(tmp_path, "a", "b"))
     models.wait(timeout=20)
     assert models.find(ModelSpec(name="b"))
+
+
+def test_nothing_is_loaded_after_the_end(tmp_path, models):
+    models.stop()
+    (tmp_path / "a" / "2").mkdir()
+    models.refresh()
+    assert list(models.served()["a"]) == [1]

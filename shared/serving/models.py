@@ -97,7 +97,8 @@ class Models:
 
     def stop(self) -> None:
         """Load and watch no more; what is loaded goes with this object."""
-        self._stopping.set()
+        with self._lock:  # so not between a look at this and a load that begins
+            self._stopping.set()
         self._unused.put(None)
         self._pool.shutdown(wait=True, cancel_futures=True)
         for thread in self._threads:
@@ -258,6 +259,8 @@ class Models:
 
     def _reconcile(self, name: str, model: Model) -> None:
         """Begin loads and unloads: a version that answers goes only when one that is wanted answers, or none is."""
+        if self._stopping.is_set():
+            return  # the pool takes no more
         for number, version in model.versions.items():
             if version.state == LOADING and version.again_at and number not in model.aspired:
                 version.state = END  # gone while it waited for its next try
