@@ -271,6 +271,19 @@ def test_names_cannot_leave_their_place_in_a_path():
     assert sent == {"method": "GET", "url": "/v1/models/a%2F..%2Fb%3Apredict/labels/x%2Fy/metadata"}
 
 
+def test_signatures_stay_with_a_call_when_another_fails():
+    class Forgetful(dict):
+        """Another thread's call failed the moment after."""
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()
+
+    with stand_in.over_rest() as (address, _), Client(address) as one:
+        one._learnt = Forgetful()
+        assert one.signatures("adder")
+
+
 def test_methods_tell_what_they_take():
     assert list(inspect.signature(Client.predict).parameters)[:3] == ["self", "model", "inputs"]
     assert set(inspect.signature(Client).parameters) >= {"address", "timeout", "token", "certificate", "retries"}

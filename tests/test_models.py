@@ -52,6 +52,23 @@ def until(condition):
         time.sleep(0.005)
 
 
+def test_a_request_reads_once_what_a_swap_replaces(models):
+    class Swapped:
+        """Each of its values is there when it is read first, and gone when it is read again."""
+
+        def __init__(self, **values):
+            self._values = values
+
+        def __getattr__(self, name):
+            return self._values.pop(name, {} if name == "labels" else None)
+
+    version = Version()
+    models._models = {"a": Swapped(latest=version)}
+    assert models.find(ModelSpec(name="a")) is version
+    models._models = {"a": Swapped(labels={"stable": 1}, served={1: version})}
+    assert models.find(ModelSpec(name="a", version_label="stable")) is version
+
+
 @pytest.mark.parametrize("by", ["disk", "configuration"])
 def test_a_version_that_goes_while_it_waits_for_its_next_try_ends(tmp_path, models, by):
     models.configure(configured(tmp_path, "a", "b"), awaited=False)

@@ -248,10 +248,12 @@ class _Methods:
     def _definitions(self, model, version, label, timeout=None):
         """A model's signatures, asked for once: until a call fails, for then another version may have taken over."""
         key = model, version, label
-        if key not in self._learnt:
+        found = self._learnt.get(key)
+        if found is None:
             spec = _spec(model, "", version, label)
-            (self._learnt[key],) = yield [Call("GetModelMetadata", spec, timeout or self._timeout)]
-        return self._learnt[key]
+            (found,) = yield [Call("GetModelMetadata", spec, timeout or self._timeout)]
+            self._learnt[key] = found
+        return found  # not what is learnt: another thread's call may have failed since
 
     def _metadata(self) -> list[tuple[str, str]]:
         return [("authorization", f"Bearer {self._token}")] if self._token else []

@@ -114,13 +114,14 @@ class Models:
         model = self._models.get(name)
         choice = spec.WhichOneof("version_choice")
         if choice is None:
-            if model is None or model.latest is None:
+            servable = model.latest if model else None  # once: the next moment it may be another, or none
+            if servable is None:
                 raise RefusedError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: Latest({name})")
-            return model.latest
+            return servable
         if choice == "version_label":
-            if model is None or spec.version_label not in model.labels:
+            number = model.labels.get(spec.version_label) if model else None
+            if number is None:
                 raise invalid(f"Unrecognized servable version label: {spec.version_label}")
-            number = model.labels[spec.version_label]
         else:
             number = spec.version.value
         servable = model.served.get(number) if model else None
