@@ -71,6 +71,7 @@ WRONG = {
     "same port": (["--rest_api_port=8500"], "they must differ"),
     "batching": (["--batching_parameters_file=x"], "without --enable_batching"),
     "two sources": (["--models=a", "--model_base_path=b"], "each say which models to serve"),
+    "address": (["--model_base_path=gs://models/m"], "is a URI, and the server reads folders"),
     "threads": (["--tensorflow_session_parallelism=1", "--tensorflow_intra_op_parallelism=1"], "excludes"),
     "share": (["--request_log_rate=2"], "a share from 0 to 1, not 2"),
     "boolean": (["--enable_batching=perhaps"], "takes true or false, not 'perhaps'"),

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from shared.serving.models import END, LOADING, Models
+from shared.serving.models import END, LOADING, ModelConfig, Models
 from shared.serving.protocol import ModelServerConfig, ModelSpec
+from shared.serving.refusal import RefusedError
 
 
 class Version:
@@ -67,6 +68,15 @@ def test_a_request_reads_once_what_a_swap_replaces(models):
     assert models.find(ModelSpec(name="a")) is version
     models._models = {"a": Swapped(labels={"stable": 1}, served={1: version})}
     assert models.find(ModelSpec(name="a", version_label="stable")) is version
+
+
+@pytest.mark.parametrize("path", ["gs://models/m", "/models/s3://m"])
+def test_what_is_no_folder_is_refused_and_changes_nothing(tmp_path, models, path):
+    config = configured(tmp_path, "a")
+    config.model_config_list.config.append(ModelConfig(name="far", base_path=path, model_platform="tensorflow"))
+    with pytest.raises(RefusedError, match=f"Model far has base_path {path}, but this server reads no URIs"):
+        models.configure(config, timeout=2)
+    assert list(models.served()) == ["a"]
 
 
 @pytest.mark.parametrize("by", ["disk", "configuration"])

@@ -137,6 +137,9 @@ def _check(flags: Flags) -> None:
         raise ValueError("--rest_ssl_config_file is given without --rest_api_port")
     if flags.batching_parameters_file and not flags.enable_batching:
         raise ValueError("--batching_parameters_file is given without --enable_batching")
+    for name in ("models", "model_base_path"):
+        if "://" in (path := getattr(flags, name)):
+            raise ValueError(f"--{name}={path} is a URI, and the server reads folders; mount it, or copy it")
     named = [name for name in ("models", "model_base_path", "model_config_file") if getattr(flags, name)]
     if len(named) > 1 and "models" in named:
         raise ValueError(f"--{' and --'.join(named)} each say which models to serve; give one")

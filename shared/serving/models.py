@@ -185,7 +185,10 @@ class Models:
                 raise invalid(f"Illegal to list model {one.name} multiple times in config list")
             if not one.name:
                 raise invalid("A model in the config list has no name")
-            if not one.base_path.startswith("/") and "://" not in one.base_path:
+            if "://" in one.base_path:
+                raise invalid(f"Model {one.name} has base_path {one.base_path}, but this server reads no URIs; mount "
+                              "what is there, or copy it, and give the folder's absolute path")  # fmt: skip
+            if not one.base_path.startswith("/"):
                 raise invalid(f"Expected model {one.name} to have an absolute path or URI; got base_path()="
                               f"{one.base_path}")  # fmt: skip
             if not one.model_platform and not one.model_type:
