@@ -53,6 +53,19 @@ def until(condition):
         time.sleep(0.005)
 
 
+def test_what_failed_is_told_as_tensorflow_serving_tells_it(tmp_path, models):
+    why = "did not become available: {{{name: b version: 1} due to error: UNKNOWN: b is bad}, }"
+    models._retries = 0
+    with pytest.raises(RefusedError) as error:
+        models.configure(configured(tmp_path, "a", "b"))
+    assert str(error.value) == f"1 model(s) {why}"
+    first = Models(configured(tmp_path, "b"), load, retries=0)
+    with pytest.raises(RefusedError) as error:
+        first.wait()
+    assert str(error.value) == f"1 servable(s) {why}"
+    first.stop()
+
+
 def test_a_request_reads_once_what_a_swap_replaces(models):
     class Swapped:
         """Each of its values is there when it is read first, and gone when it is read again."""

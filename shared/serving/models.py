@@ -359,10 +359,12 @@ class Models:
                           if model.aspired and all(model.versions[one].state == END for one in model.aspired)
                           for number in sorted(model.aspired)}  # fmt: skip
                 if failed:
-                    told = ", ".join(f"{{name: {name} version: {version.number}}}: {version.failed}"
-                                     for name, version in failed.items())  # fmt: skip
-                    text = f"{len(failed)} servable(s) did not become available: {{{told}}}"
-                    raise RefusedError(grpc.StatusCode.UNKNOWN, text)
+                    # Word for word TensorFlow Serving's: at the start servables are awaited, after that models.
+                    text = f"{len(failed)} {'servable' if names is None else 'model'}(s) did not become available: {{"
+                    for name, version in failed.items():
+                        why = f" due to error: UNKNOWN: {version.failed}" if version.failed else ""
+                        text += f"{{{{name: {name} version: {version.number}}}{why}}}, "
+                    raise RefusedError(grpc.StatusCode.UNKNOWN, text + "}")
                 if all(model.polled and model.aspired and model.latest for model in models.values()):
                     return
                 for name in sorted(name for name, model in models.items() if model.polled and not model.aspired):
