@@ -223,9 +223,9 @@ def test_a_request_log_may_change_while_a_request_is_answered(tree, tmp_path, mo
         return wants(recorder)
 
     monkeypatch.setattr(Recorder, "wants", changing)
-    for rest in (False, True):
+    for over_rest in (False, True):
         with serving(tree, request_log=str(tmp_path / "old"), request_log_rate=1.0, rest_api_port=-1) as one:
-            with Client(f"http://{one.rest_address}" if rest else one.address, retries=0) as client:
+            with Client(f"http://{one.rest_address}" if over_rest else one.address, retries=0) as client:
                 assert client.predict("affine", X)["y"].shape == (1, 2)
                 assert client.predict("affine", X)["y"].shape == (1, 2)
             assert (one.core.recorder is not None) == bool(after)
