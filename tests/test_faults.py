@@ -224,9 +224,11 @@ def test_warnings_of_the_curves():
 def watched(tmp_path, model, factors):
     """What is said of a model while it trains for a hundred steps with a loss of each factor in turn."""
     said, splits = [], make_splits()
-    factor = tf.Variable(1.0)
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.0), lambda wanted, given: factor * loss(wanted, given))
+    with model.distribute_strategy.scope():
+        factor = tf.Variable(1.0)
+        model.compile(keras.optimizers.SGD(0.0), lambda wanted, given: factor * loss(wanted, given))
+        model.optimizer.build(model.trainable_variables)
     watcher = diagnosis.Gradients(splits, str(tmp_path / "logs"), lambda label, text: said.append(text))
     watcher.PATIENCE = 0.0
     for epoch, value in enumerate(factors):
@@ -258,8 +260,14 @@ def test_gradients_are_watched_and_found_well(tmp_path):
     assert tf.make_ndarray(told[1].summary.value[0].tensor) == pytest.approx(float(once), rel=0.5)
 
 
-def test_gradients_that_vanish(tmp_path):
-    said = watched(tmp_path, small(), [1.0, 1e-9, 1e-9])
+DEVICES = pytest.mark.parametrize("strategy", ["one", "mirrored"])
+
+
+@DEVICES
+def test_gradients_that_vanish(tmp_path, strategy):
+    with training.strategy(strategy).scope():
+        model = small()
+    said = watched(tmp_path, model, [1.0, 1e-9, 1e-9])
     assert len(said) == 1, said
     assert "has vanished: its norm was under 1e-07 for 100 steps" in said[0]
     assert "hidden" in said[0]
@@ -277,23 +285,25 @@ def test_units_that_died(tmp_path):
     assert any("most units of hidden are zero" in text for text in said)
 
 
+@DEVICES
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
-def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision):
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision, strategy):
     """The loss stays finite; a loss scale leaves such a step out and goes on."""
 
     @tf.custom_gradient
     def steep(x):
         return x, lambda given: given / 0.0
 
-    inputs = keras.Input([4])
-    hidden = keras.layers.Dense(3, name="first")(inputs)
-    hidden = keras.layers.Lambda(steep, output_shape=(3,))(hidden)
-    model = keras.Model(inputs, keras.layers.Dense(2, name="last")(hidden))
-    optimizer = keras.optimizers.SGD(0.1)
-    if precision == "mixed_float16":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
-    config, splits = make_config(tmp_path, epochs=1), make_splits()
+    with training.strategy(strategy).scope():
+        inputs = keras.Input([4])
+        hidden = keras.layers.Dense(3, name="first")(inputs)
+        hidden = keras.layers.Lambda(steep, output_shape=(3,))(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(2, name="last")(hidden))
+        optimizer = keras.optimizers.SGD(0.1)
+        if precision == "mixed_float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    config, splits = make_config(tmp_path, epochs=1, strategy=strategy), make_splits()
     if precision == "mixed_float16":
         assert training.fit(config, model, splits)["epochs"] == 1
         assert all(np.isfinite(weights).all() for weights in model.get_weights())

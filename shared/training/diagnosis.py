@@ -65,7 +65,8 @@ class Gradients(keras.callbacks.Callback):
 
     That is a gradient under 1e-7 for 100 steps on end, and one a hundred times what is usual for its layer. One that is
     not finite while the loss is ends the run. After epochs that double, from a minute on, it also looks for layers with
-    ReLU most of whose units are zero for every example of a batch. For one device: it sees what the optimizer is given.
+    ReLU most of whose units are zero for every example of a batch. It sees what the optimizer is given, on the first of
+    many devices: what that found in its part of the batch.
     """
 
     VANISHED, STEPS, EXPLODED, PATIENCE = 1e-7, 100, 100.0, 60.0
@@ -102,6 +103,8 @@ class Gradients(keras.callbacks.Callback):
             now.assign(norms)
 
         def watched(grads, trainable_variables=None):
+            if tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group):
+                return apply(grads, trainable_variables)
             given = list(trainable_variables or variables)
             pairs = [(grad, of_layer[id(variable)]) for grad, variable in zip(grads, given, strict=True)
                      if grad is not None and id(variable) in of_layer]  # fmt: skip

@@ -75,7 +75,7 @@ def fit(
             closing.enter_context(reader.telling())
         if workers.chief():
             watchers.append(_Curves(config.folder / "logs", write_graph=False))
-        if devices.num_replicas_in_sync == 1 and type(model).train_step is keras.Model.train_step:
+        if workers.chief() and type(model).train_step is keras.Model.train_step:
             watchers.append(diagnosis.Gradients(splits, str(config.folder / "logs" / "gradients"), say))
             watchers[-1].set_model(model)
             closing.callback(watchers[-1].close)
