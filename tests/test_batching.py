@@ -83,7 +83,7 @@ def test_what_comes_while_a_batch_runs_is_the_next():
 
 def test_a_wait_fills_the_first_batch_and_a_full_one_does_not_wait():
     for threads in (1, 2):
-        version, _ = ask_together(Rules(threads=threads, wait=0.5), [row(index) for index in range(4)])
+        version, _ = ask_together(Rules(threads=threads, wait=1.0), [row(index) for index in range(4)])
         assert version.sizes == [4]
         begun = time.monotonic()
         rules = Rules(threads=threads, wait=15.0, largest=4, run_largest=4)
