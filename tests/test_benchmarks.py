@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -132,4 +133,5 @@ def test_peers_are_measured_as_we_are():
     before = peers.clock()
     while (peers.clock() - before)[1] < 0.05:  # of a processor
         pass
-    assert (peers.clock() - before)[0] >= 0.04
+    # By the wall no less than that over all processors: a library's threads may be awake at the time.
+    assert (peers.clock() - before)[0] >= 0.04 / os.cpu_count()
