@@ -205,8 +205,12 @@ def _report(
 
 
 def rank(trials: Iterable[trial.Trial]) -> list[trial.Trial]:
-    """Best first; those without a score last."""
-    return sorted(trials, key=lambda one: -one.score if one.status == "COMPLETED" else float("inf"))
+    """Best first, of equals the earlier, whose trial 0 has the defaults; those without a score last."""
+
+    def place(one: trial.Trial) -> tuple[float, int]:
+        return -one.score if one.status == "COMPLETED" else float("inf"), int(one.trial_id)
+
+    return sorted(trials, key=place)
 
 
 def table(config: run.Config, ranked: Iterable[trial.Trial], *, fields: Iterable[str]) -> list[str]:

@@ -121,6 +121,12 @@ def test_table_and_flags(tmp_path):
     ]  # fmt: skip
 
 
+def test_of_equal_trials_the_earlier_is_best(tmp_path):
+    oracle, _ = search(tmp_path, "random", trials=3, score=lambda config: 0.5)
+    trials = [*oracle.trials.values()][::-1]  # as a resumed search may read them
+    assert [one.trial_id for one in tuning.rank(trials)] == ["0", "1", "2"]
+
+
 def test_what_cannot_be_tuned_is_told_at_once(cornucopia):
     said = cornucopia("tune", "rl.ppo", expect=2).stderr
     assert "rl.ppo marks no field with a range" in said
@@ -165,7 +171,7 @@ def test_interrupted_search_goes_on_within_its_trial(cornucopia, tmp_path):
 
 
 def test_workers_share_a_search(cornucopia, tmp_path):
-    done = cornucopia(*TUNE, "--epochs=1", "--trials=3", "--workers=2", timeout=120)  # none waits for another for ever
+    done = cornucopia(*TUNE, "--epochs=1", "--trials=3", "--workers=2", timeout=60)  # none waits for another for ever
     logs = [(tmp_path / "runs" / "tune-a" / f"worker-{index}.log").read_text() for index in (0, 1)]
     assert sorted(number for log in logs for number in "012" if f"trial_{number}\n" in log) == ["0", "1", "2"]
     lines = done.stdout.rsplit("mix\n", 1)[1].splitlines()
