@@ -121,20 +121,17 @@ class Batching:
                 )
             queue.tasks.append(task)
             queue.rows += rows
-            if queue.leaders < rules.threads and not queue.collecting:
-                queue.leaders += 1
-                task.leads, queue.collecting = True, rules.wait > 0
-            elif queue.collecting and queue.rows >= rules.run_largest:
+            self._appoint(queue)
+            if queue.collecting and queue.rows >= rules.run_largest:
                 queue.more.notify()
-        if not task.leads:
-            left = -1 if until is None else max(0.0, until - time.monotonic())
-            if not task.said.acquire(timeout=left):
-                with queue.lock:
-                    if task in queue.tasks and not task.leads:
-                        queue.tasks.remove(task)
-                        queue.rows -= rows
-                        raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, OVERDUE)  # as upstream's
-                task.said.acquire()
+        left = -1 if until is None else max(0.0, until - time.monotonic())
+        if not task.said.acquire(timeout=left):  # of one that leads it is let go at once, and again with its answer
+            with queue.lock:
+                if task in queue.tasks and not task.leads:
+                    queue.tasks.remove(task)
+                    queue.rows -= rows
+                    raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, OVERDUE)  # as upstream's
+            task.said.acquire()
         if task.leads:
             self._lead(servable, queue, task, feeds, fetches)
             task.said.acquire()
