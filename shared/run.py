@@ -240,9 +240,10 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
 
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
-    changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "name": "", "resume": False,
-               "saved_models": flags.saved_models, "strategy": "auto", "batch": 1, "data_service": ""}  # fmt: skip
-    config = training.begin(f"{task_name}-evaluate", task.Config(**{**saved, **changes}))
+    learned = {key: value for key, value in saved.items() if key not in training.FREE}  # not how and where it was
+    changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "saved_models": flags.saved_models,
+               "batch": 1}  # fmt: skip
+    config = training.begin(f"{task_name}-evaluate", task.Config(**{**learned, **changes}))
     names = json.loads((extra / "metrics.json").read_text())["names"]
     if hasattr(task, "load_other") and flags.data != saved["data"]:
         splits = task.load_other(config, names)

@@ -240,8 +240,7 @@ class _Keeper(keras.callbacks.Callback):
             step = self.steps_done + self._before + batch
             raise FloatingPointError(
                 f"the loss became {logs['loss']} in epoch {self.epoch + 1}, step {self._before + batch + 1}"
-                f"{diagnosis.origin(self.model, self.splits.stream(step))}; lower the learning rate, use --clip=1 or "
-                f"--precision=float32; what was saved is in {self.config.folder}"
+                f"{diagnosis.origin(self.model, self.splits.stream(step))}; {self._advice()}"
             )
         done = self._before + batch + 1
         if done < self.splits.steps:  # the end of an epoch saves by itself
@@ -253,6 +252,11 @@ class _Keeper(keras.callbacks.Callback):
         if self._too_long(done):
             say("", "the time or the money that was given is used up: stopping")
             self.over = self.model.stop_training = True  # with more of it --resume goes on
+
+    def _advice(self) -> str:
+        return (
+            f"lower the learning rate, use --clip=1 or --precision=float32; what was saved is in {self.config.folder}"
+        )
 
     def _leave(self) -> None:
         say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
@@ -283,10 +287,8 @@ class _Keeper(keras.callbacks.Callback):
         logs = {key: float(value) for key, value in logs.items()}
         steps = self._last + 1
         if not math.isfinite(logs["val_loss"]):
-            raise FloatingPointError(
-                f"the validation loss became {logs['val_loss']} in epoch {epoch + 1}; lower the learning rate, use "
-                f"--clip=1 or --precision=float32; what was saved is in {self.config.folder}"
-            )
+            told = f"the validation loss became {logs['val_loss']} in epoch {epoch + 1}; {self._advice()}"
+            raise FloatingPointError(told)
         self.steps_done += self._before + steps
         self.step_in_epoch = 0
         self.epoch = epoch + 1

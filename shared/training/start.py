@@ -15,7 +15,7 @@ from shared.run import Config, say
 from shared.training import workers
 
 # What may differ between a run and the one that goes on with it.
-_FREE = (
+FREE = (
     "resume", "name", "runs", "saved_models", "checkpoint_every", "max_hours", "max_cost", "price_per_hour", "watts",
     "strategy", "data_service",
 )  # fmt: skip
@@ -62,7 +62,7 @@ def begin(task_name: str, config: Config) -> Config:
 
 def _record(task_name: str, config: Config) -> None:
     """Write down a new run's settings; of one that goes on, check that they are the same."""
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     record = config.folder / "config.json"
     if config.resume:
         if not record.exists():
