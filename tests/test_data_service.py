@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import until
 from test_workers import close, together
 
 from shared import command, data, data_service, run, training
@@ -68,13 +69,6 @@ def command_of(folder, *flags):
 def reader(address, made=None):
     config = run.Config(name="run", data_service=address)
     return service.Reader(config, made or splits(), tf.distribute.get_strategy())
-
-
-def until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def same(some, others):

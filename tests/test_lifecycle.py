@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import serving_models
+from conftest import until
 from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
 
 from shared.serving import protocol, servable
@@ -53,14 +54,6 @@ def publish(versions, base, number, scale=None):
     part = base / f".part-{number}"
     shutil.copytree(versions / str(scale or number), part)
     part.rename(base / str(number))
-
-
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
-    return found
 
 
 def states(client, model="affine"):

@@ -1,9 +1,9 @@
 """Which versions are served, without a server: versions here are empty folders, and what loads them is the test's."""
 
 import shutil
-import time
 
 import pytest
+from conftest import until
 
 from shared.serving.models import END, LOADING, ModelConfig, Models
 from shared.serving.protocol import ModelServerConfig, ModelSpec
@@ -44,13 +44,6 @@ def models(tmp_path):
 
 def ended(models, name):
     return [one.state for one in models.status(ModelSpec(name=name)).model_version_status] == [END]
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_what_failed_is_told_as_tensorflow_serving_tells_it(tmp_path, models):
