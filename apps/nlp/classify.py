@@ -424,13 +424,18 @@ def _convolutions(config: Config, splits: data.Splits) -> keras.Model:
     kinds = np.unique(np.concatenate([np.unique(tokens["words"]) for tokens, _ in splits.train]))
     known.set_vocabulary(kinds[kinds > 0])
     index = known(words)
+    # Most words of a batch come more than once, and the nothing that fills it up comes most: each is spelled once.
+    powers = np.cumprod(np.full(LETTERS, 0x1E3779B97F4A7C15))
+    spelled = ops.sum(ops.cast(letters, "int64") * powers, -1)  # a number that two spellings share about never
+    _, first, which = ops.unique(spelled, sorted=False, return_index=True, return_inverse=True)
+    spellings = ops.take(ops.reshape(letters, [-1, LETTERS]), first, axis=0)
     spread = keras.initializers.RandomUniform(-0.25, 0.25)
 
     def member(number):
-        of_letters = layers.Embedding(256, 16, embeddings_initializer=spread)(letters)  # [batch, word, letter, 16]
-        of_letters = layers.Conv2D(config.width // 2, (1, 3), padding="same", activation="relu")(of_letters)
+        of_letters = layers.Embedding(256, 16, embeddings_initializer=spread)(spellings)  # [spelling, letter, 16]
+        of_letters = layers.Conv1D(config.width // 2, 3, padding="same", activation="relu")(of_letters)
         of_words = layers.Embedding(known.vocabulary_size(), config.width, embeddings_initializer=spread)(index)
-        x = layers.Concatenate()([of_words, ops.max(of_letters, axis=2)])
+        x = layers.Concatenate()([of_words, ops.take(ops.max(of_letters, axis=1), which, axis=0)])
         x = layers.Identity(name=f"seen_{number}")(x * ops.cast(words > 0, x.dtype)[..., None])
         x = layers.Dropout(config.forget)(x)
         x = layers.ZeroPadding1D(4)(x)  # at least one convolution sees nothing, in the shortest as in the longest text
