@@ -252,6 +252,21 @@ def test_input_clock_leaves_batches_alone():
     assert clock.seconds > 0
 
 
+def test_no_thread_that_sleeps_holds_up_the_end(tmp_path, monkeypatch):
+    """With TensorFlow's search for numbers of threads, the end of one `fit` in four stood still for seconds."""
+    read = []
+
+    def fit(model, batches, *, validation_data, **others):
+        read.extend([batches, validation_data])
+        return keras_fit(model, batches, validation_data=validation_data, **others)
+
+    keras_fit = keras.Model.fit
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    config, splits = make_config(tmp_path, epochs=1), make_splits()
+    training.fit(config, make_model(config, splits), splits)
+    assert [batches.options().autotune.enabled for batches in read] == [False, False]
+
+
 # The start of a run.
 
 

@@ -83,7 +83,7 @@ def load(config: Config) -> data.Splits:
         return pick(at, [name for name in tokens if name not in NGRAMS]), tf.gather(smooth, at)
 
     def in_order(split):
-        batches = tf.data.Dataset.from_tensor_slices(rows[split]).batch(250)
+        batches = data.in_order(rows[split], batch=250)
         return batches.map(lambda at: (pick(at, tokens), tf.gather(targets, at)), num_parallel_calls=2).prefetch(2)
 
     passes = max(1, 40 * config.batch // len(rows["train"]))  # an epoch of a small set takes some

@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from shared.data import Splits
+from shared.data import Splits, untuned
 from shared.run import Config, say, seconds_since_start
 from shared.training import diagnosis, service, workers
 from shared.training.cost import InputClock, account
@@ -83,7 +83,7 @@ def fit(
             say("", "the time or the money that was given is used up already")
             keeper.over = True
         while keeper.epoch < config.epochs and not keeper.stopped and not keeper.over:
-            batches = (reader or splits).stream(keeper.steps_done + keeper.step_in_epoch)
+            batches = untuned((reader or splits).stream(keeper.steps_done + keeper.step_in_epoch))
             if watched:
                 batches = clock.watch(batches)
             model.fit(
