@@ -1,7 +1,6 @@
 """From raw data to batches: splits, public data sets by name, readers by format, the audit before training."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +64,7 @@ def stream(
         picked = tf.data.Dataset.range(step, far).scan(nothing, pick)
         examples = picked.map(
             lambda at, indices: (at, read(indices, at)) if numbered else read(indices, at),
-            num_parallel_calls=os.cpu_count(),
+            num_parallel_calls=tf.data.AUTOTUNE,
         )
         return examples.prefetch(4)
 
@@ -90,7 +89,7 @@ def in_order(*arrays: np.ndarray, batch: int) -> tf.data.Dataset:
     """Each example once, in order, in batches; the last may be smaller."""
     readers = [gather(array) for array in arrays]
     indices = tf.data.Dataset.range(len(arrays[0])).batch(batch)
-    read = indices.map(lambda at: tuple(reader(at) for reader in readers), num_parallel_calls=os.cpu_count())
+    read = indices.map(lambda at: tuple(reader(at) for reader in readers), num_parallel_calls=tf.data.AUTOTUNE)
     return untuned(read.prefetch(2))
 
 
@@ -98,6 +97,7 @@ def untuned(batches: tf.data.Dataset) -> tf.data.Dataset:
     """The same batches, without TensorFlow's search for the best numbers of threads, as is all that is made of them.
 
     It sleeps for as long again as it has run, and in TensorFlow 2.21 the end of an iterator may wait until it wakes.
+    `tf.data.AUTOTUNE` is then as many threads as there are processors, 16 at most.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
