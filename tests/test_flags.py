@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import serving_models
 import tensorflow as tf
+from conftest import until
 
 from shared.serving import flags, load, protocol, rest, server
 from shared.serving.client import Client, ServerError
@@ -113,10 +114,7 @@ def test_flag_file_and_its_reload(tree, tmp_path):
         with (tmp_path / "flags").open("a") as file:
             file.write("--token_file=token\n--access_log\n--drain_seconds=1\n")
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 10
-        while get(address, "/v1/models/affine")[0] != 401:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: get(address, "/v1/models/affine")[0] == 401, seconds=10)
         assert get(address, "/v1/models/affine", Authorization="Bearer secret")[0] == 200
         process.send_signal(signal.SIGTERM)
         lines = [json.loads(line) for line in process.stderr if line.startswith("{")]
@@ -360,10 +358,7 @@ def test_a_client_that_is_gone_is_no_fault_of_the_server(slow, caplog):
         host, port = one.rest_address.split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b"POST /v1/models/slow:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-        end = time.monotonic() + 10
-        while not told:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: told, seconds=10)
     assert told == ["CANCELLED"]
     assert "failed" not in caplog.text
 
