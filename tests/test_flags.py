@@ -475,6 +475,25 @@ def test_metrics_are_what_prometheus_reads(tree):
         assert samples[key] == 3
 
 
+def test_requests_for_what_is_not_there_are_counted_without_growing_the_metrics(tree):
+    with serving(tree, rest_api_port=-1) as one, Client(one.address, retries=0) as client:
+        for name, version in (("affine", 9), ("a", None), ("b", None)):
+            with pytest.raises(ServerError, match="NOT_FOUND"):
+                client.predict(name, X, signature="serving_default", version=version)
+            asked = f"/v1/models/{name}" + (f"/versions/{version}" if version else "")
+            assert get(one.rest_address, asked)[0] == 404
+        assert get(one.rest_address, "/v1/models/affine")[0] == 200
+        assert get(one.rest_address, "/v1/nothing")[0] == 400
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    counts = dict(re.findall(r":request_count{(.*?)} (\d+)\n", text))
+    assert counts == {
+        'model_name="affine",status="NOT_FOUND"': "2", 'model_name="affine",status="OK"': "1",
+        'model_name="",status="NOT_FOUND"': "4", 'model_name="",status="INVALID_ARGUMENT"': "1",
+    }  # fmt: skip
+    # What was only refused took no time.
+    assert re.findall(r"_sum{(.*?)}", text) == ['model_name="affine",API="",entrypoint="REST"']
+
+
 def test_every_flag_is_told_in_the_help(cornucopia):
     told = cornucopia("serve", "--help").stdout
     for name in flags.Flags.__dataclass_fields__:

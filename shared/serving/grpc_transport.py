@@ -217,7 +217,7 @@ class Grpc:
             finally:
                 if inside:
                     core.gate.leave()
-                if stages.model:
+                if stages.model is not None:
                     record(stages.model, "GRPC", status, time.perf_counter() - begun, stages)
                 if core.access is not None:
                     core.access("GRPC", stages, status, time.perf_counter() - begun, sent.get("x-request-id", ""))
@@ -228,10 +228,10 @@ class Grpc:
         begun = time.perf_counter()
         request = protocol.PredictRequest.FromString(data)
         spec = request.model_spec
+        stages.model = self._core.models.known(spec.name)
         if not spec.name and not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
         servable = self._core.models.find(spec)
-        stages.model = servable.name
         key = spec.signature_name or DEFAULT
         inputs = {}
         for alias, proto in request.inputs.items():
@@ -258,10 +258,10 @@ class Grpc:
         def work(data: bytes, stages: Stages, until: float | None) -> bytes:
             begun = time.perf_counter()
             request = kind.FromString(data)
+            stages.model = self._core.models.known(request.model_spec.name)
             if not request.HasField("model_spec"):
                 raise invalid("Missing ModelSpec")
             servable = self._core.models.find(request.model_spec)
-            stages.model = servable.name
             stages.decode = time.perf_counter() - begun
             return answer(servable, request, stages, until).SerializeToString()
 
@@ -271,8 +271,8 @@ class Grpc:
         request = protocol.MultiInferenceRequest.FromString(data)
         if not request.tasks or not request.tasks[0].HasField("model_spec"):
             raise invalid("Missing ModelSpec")
+        stages.model = self._core.models.known(request.tasks[0].model_spec.name)
         servable = self._core.models.find(request.tasks[0].model_spec)
-        stages.model = servable.name
         return self._core.inference.infer(servable, request, stages, until).SerializeToString()
 
     def _metadata(self, data: bytes, stages: Stages, until: float | None) -> bytes:

@@ -41,13 +41,16 @@ RegressionResult = message("tensorflow.serving.RegressionResult")
 class Stages:
     """Where the time of one request goes, in seconds, and in how large a batch it ran.
 
-    `waiting` is a block in which another request may have this one's thread's place.
+    `model` is the name that it is counted under, "" where it names none that is configured, so that no client can make
+    metrics without end; None where it is not counted. `waiting` is a block in which another request may have this one's
+    thread's place.
     """
 
     __slots__ = ("api", "batch", "decode", "encode", "examples", "model", "queue", "run", "waiting")
 
     def __init__(self, api: str, waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext):
-        self.api, self.model, self.waiting = api, "", waiting
+        self.api, self.waiting = api, waiting
+        self.model: str | None = None
         self.decode = self.queue = self.run = self.encode = 0.0
         self.batch, self.examples = 0, 0
 

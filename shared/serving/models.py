@@ -130,6 +130,10 @@ class Models:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, text)
         return servable
 
+    def known(self, name: str) -> str:
+        """The name under which a request for a model is counted: its own where it is configured, else ""."""
+        return name if name in self._models else ""
+
     def served(self) -> dict[str, dict[int, Servable]]:
         """Every version that answers now: name -> number -> version."""
         return {name: dict(model.served) for name, model in sorted(self._models.items())}

@@ -149,7 +149,7 @@ class Rest:
             if inside:
                 self._core.gate.leave()
             seconds = time.perf_counter() - begun
-            if stages.model:
+            if stages.model is not None:
                 self._core.metrics.request(stages.model, "REST", status, seconds, stages)
             if self._core.access is not None:
                 self._core.access("REST", stages, status, seconds, request.headers.get("X-Request-Id", ""))
@@ -183,6 +183,7 @@ class Rest:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "Origin header is missing in CORS preflight")
         found = {"POST": ASKED, "GET": TOLD}.get(method, _NOTHING).fullmatch(path)
         if not found:
+            stages.model = ""
             raise invalid(f"Malformed request: {method} {path}")
         name, version, label, verb = found.groups()
         spec = protocol.ModelSpec(name=_decoded(name or ""))
@@ -192,6 +193,7 @@ class Rest:
             spec.version.value = int(version)
         if label is not None:
             spec.version_label = _decoded(label)
+        stages.model = self._core.models.known(spec.name)
         if method == "POST":
             return 200, "application/json", self._inference(verb, spec, body, stages, until)
         if not spec.name:
@@ -202,10 +204,9 @@ class Rest:
         return 200, "application/json", rest_json.write_status(self._core.models.status(spec))
 
     def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages, until: float) -> bytes:
-        core = self._core
+        core, stages.api = self._core, verb
         begun = time.perf_counter()
         servable = core.models.find(spec)
-        stages.api, stages.model = verb, servable.name
         recorder = core.sample()
         if verb == "predict":
             key, inputs, row = rest_json.read_predict(body, lambda key: _signature(servable, key))

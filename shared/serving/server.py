@@ -298,7 +298,7 @@ def _parse(text: str, kind: type, path: str):
 
 
 def _access(entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str) -> None:
-    told = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model, "status": status,
+    told = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model or "", "status": status,
             "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}  # fmt: skip
     log.info("%s %s %s %s %.3f ms", entrypoint, stages.api, stages.model or "-", status, 1000 * seconds,
              extra={"request": told})  # fmt: skip

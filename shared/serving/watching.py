@@ -110,7 +110,8 @@ class Metrics:
         def histograms(name: str, found: Iterable[tuple[dict[str, str], Histogram]]) -> None:
             out.append(f"# TYPE {name} histogram")
             for labels, histogram in found:
-                out.extend(_buckets(name, labels, histogram))
+                if any(histogram.counts):  # what was only refused has none
+                    out.extend(_buckets(name, labels, histogram))
 
         def of(attribute: str, **more: str) -> Iterator[tuple[dict[str, str], Histogram]]:
             for (model, api, _), line in lines:
@@ -124,7 +125,8 @@ class Metrics:
         counts = _merged(({"model": labels["model_name"]}, histogram) for labels, histogram in of("examples"))
         histograms(f"{PREFIX}request_example_counts", counts)
         out.append(f"# TYPE {PREFIX}request_example_count_total counter")
-        out += [f"{PREFIX}request_example_count_total{_labels(**labels)} {int(one.sum)}" for labels, one in counts]
+        out += [f"{PREFIX}request_example_count_total{_labels(**labels)} {int(one.sum)}" for labels, one in counts
+                if one.sum]  # fmt: skip
         warmed = [({"model_path": name, "status": "OK"}, one) for name, one in sorted(self._warm_ups.items())]
         histograms(f"{PREFIX}model_warmup_latency", warmed)
         # A batching session's thread pool has no name in TensorFlow Serving either.
