@@ -1,5 +1,6 @@
 """Requests that run together, against a stand-in for a version that says what ran."""
 
+import math
 import threading
 import time
 
@@ -21,12 +22,13 @@ class Version:
     """
 
     def __init__(self, seconds=None):
-        self.batches, self.seconds, self.go = [], seconds or 0, threading.Event()
+        self.batches, self.limits, self.seconds, self.go = [], [], seconds or 0, threading.Event()
         if seconds is not None:
             self.go.set()
 
-    def answer(self, feeds, fetches, arrays):
+    def answer(self, feeds, fetches, arrays, until):
         self.batches.append(arrays[0].copy())
+        self.limits.append(until)
         assert self.go.wait(20)
         time.sleep(self.seconds)
         if (arrays[0] == 13).any():
@@ -167,7 +169,7 @@ def test_what_cannot_be_batched(arrays, text):
 
 def test_outputs_must_have_a_row_for_each_example():
     class Sums(Version):
-        def answer(self, feeds, fetches, arrays):
+        def answer(self, feeds, fetches, arrays, until):
             return [arrays[0].sum(0)]
 
     with pytest.raises(RefusedError, match="0th dimension does not equal the sum") as error:
@@ -196,6 +198,21 @@ def test_a_full_queue_and_a_deadline_refuse():
     assert error.value.code.name == "RESOURCE_EXHAUSTED"
     version.go.set()
     busy.join()
+
+
+@pytest.mark.parametrize(("seconds", "most"), [((200, 300), 300), ((200, None), math.inf)])
+def test_a_batch_may_take_what_its_most_patient_request_may(seconds, most):
+    version, together, now = Version(), Batching(Rules(threads=1)), time.monotonic()
+    threads = [threading.Thread(target=together.run,
+                                args=(version, FEEDS, FETCHES, [row(1)], None if one is None else now + one))
+               for one in (100, *seconds)]  # fmt: skip
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        until_there(together, version, count)
+    version.go.set()
+    for thread in threads:
+        thread.join()
+    assert version.limits == [now + 100, now + most]
 
 
 def test_rules_of_a_file():

@@ -398,6 +398,32 @@ def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path, monkeypa
         until_told(one, ran_one)  # what nobody awaits never ran
 
 
+@pytest.mark.parametrize("batching", [False, True])
+def test_a_run_is_broken_off_at_its_deadline(slow, tmp_path, monkeypatch, batching):
+    monkeypatch.setattr(rest, "SLACK", 20.0)  # the run is to say it, however slow the machine
+    changes = {"enforce_session_run_timeout": True, "enable_batching": batching, "rest_api_timeout_in_ms": 1000}
+    with serving(slow, rest_api_port=-1, **changes) as one, Client(one.address, retries=0) as client:
+        with pytest.raises(ServerError, match="DEADLINE_EXCEEDED"):
+            client.predict("slow", {"x": [str(tmp_path / "never")]}, timeout=1.0)
+        # A request is counted when it ends, and this one would not without a limit.
+        until_told(one, ':tensorflow:serving:request_count{model_name="slow",status="DEADLINE_EXCEEDED"} 1')
+        assert posted(one, tmp_path / "never") == (504, "Timed out waiting for notification")
+        (tmp_path / "go").touch()
+        assert client.predict("slow", {"x": [str(tmp_path / "go")]})["y"].tolist() == [str(tmp_path / "go").encode()]
+        with grpc.insecure_channel(one.address) as channel:  # without a deadline
+            from shared.serving.client import request
+
+            call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+            assert call(request("slow", {"x": [str(tmp_path / "go")]}).SerializeToString())
+
+
+def test_a_limit_changes_no_answer(tree):
+    with serving(tree, enforce_session_run_timeout=True) as one, Client(one.address, retries=0) as client:
+        assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+        # What a signature says of shapes is not checked, by TensorFlow Serving neither.
+        assert client.predict("affine", {"x": np.ones((2, 3, 4), np.float32)})["y"].shape == (2, 3, 4)
+
+
 def test_metrics_config(tree, tmp_path):
     for text, path, code in (
         ('prometheus_config { enable: true path: "/metrics" }', "/metrics", 200),

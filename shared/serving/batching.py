@@ -5,6 +5,7 @@ a wait a lone request runs at once, in its own thread, and a batch is what came 
 wait one leader at a time collects: all that come join its batch, until that is full or its first request has waited.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -64,10 +65,10 @@ def rules(text: BatchingParameters, *, threads: int) -> Rules:
 
 
 class _Task:
-    __slots__ = ("answer", "arrays", "at", "error", "leads", "rows", "run", "said", "together")
+    __slots__ = ("answer", "arrays", "at", "error", "leads", "rows", "run", "said", "together", "until")
 
-    def __init__(self, arrays: list[np.ndarray], rows: int):
-        self.arrays, self.rows, self.at = arrays, rows, time.perf_counter()
+    def __init__(self, arrays: list[np.ndarray], rows: int, until: float):
+        self.arrays, self.rows, self.at, self.until = arrays, rows, time.perf_counter(), until
         self.said = threading.Lock()  # a lock that is let go says it: faster than an Event, which holds two
         self.said.acquire()
         self.leads, self.answer, self.error = False, None, None
@@ -111,7 +112,7 @@ class Batching:
         if rows > rules.run_largest:
             return self._in_parts(servable, feeds, fetches, arrays, rows, until)
         queue = self._queue(feeds, fetches, arrays)
-        task = _Task(list(arrays), rows)
+        task = _Task(list(arrays), rows, math.inf if until is None else until)
         with queue.lock:
             if queue.rows + rows > rules.waiting * rules.run_largest:
                 raise RefusedError(
@@ -195,7 +196,8 @@ class Batching:
         self._ran([] if again else [begun - task.at for task in tasks])
         try:
             joined = self._joined(tasks, rows)
-            outputs = _cut(servable.answer(feeds, fetches, joined), tasks, len(joined[0]))
+            until = max([task.until for task in tasks])
+            outputs = _cut(servable.answer(feeds, fetches, joined, until=until), tasks, len(joined[0]))
         except RefusedError as error:
             alone = len(tasks) == 1
             if alone:

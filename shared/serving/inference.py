@@ -5,6 +5,7 @@ multi_inference}.cc at 9d981c5c.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -89,7 +90,7 @@ class Inference:
             return outputs
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
         begun = time.perf_counter()
-        outputs = servable.answer(feeds, fetches, arrays, stages.waiting)
+        outputs = servable.answer(feeds, fetches, arrays, stages.waiting, math.inf if until is None else until)
         stages.run, stages.batch = time.perf_counter() - begun, rows
         return outputs
 

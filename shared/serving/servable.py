@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import math
 import re
 import threading
 import time
@@ -20,6 +21,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from tensorflow.python.client import pywrap_tf_session
 from tensorflow.python.saved_model import loader_impl
 
 from shared.serving import tensors
@@ -72,14 +74,17 @@ class Servable:
     """A version that answers. `batching` is what runs its requests together, where anything does."""
 
     def __init__(self, name: str, version: int, folder: Path, *, tags: Iterable[str] = ("serve",),
-                 threads: tuple[int, int] = (0, 0)):  # fmt: skip
+                 threads: tuple[int, int] = (0, 0), limited: bool = False):  # fmt: skip
         """Load a version; `threads` are TensorFlow's within operations, 0: one a processor, and between them, 0: none.
+
+        Where it is `limited`, a run is broken off when its request's time is over.
 
         Raises:
             ValueError: the folder holds no SavedModel that can be loaded; says why.
         """
         self.name, self.version, self.folder = name, version, folder
         self.batching: Any = None
+        self._limited = limited
         if not (folder / "saved_model.pb").exists() and not (folder / "saved_model.pbtxt").exists():
             raise ValueError(f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {folder}")
         settings = tf.compat.v1.ConfigProto(
@@ -164,13 +169,17 @@ class Servable:
         return complete
 
     def answer(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray],
-               waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> list[np.ndarray]:  # fmt: skip
+               waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext, until: float = math.inf
+               ) -> list[np.ndarray]:  # fmt: skip
         """As `run`, in the way that suits the moment; a run that takes long is in a block of `waiting`.
 
         TensorFlow shares an operation out over all processors. That pays for large ones, while there are idle
         processors: a small network takes less time without, and less of the processors in any case. So where as many
         run as there are processors, or where that was faster of late, a run is serial.
         """
+        if self._limited:
+            with waiting():
+                return self.run(feeds, fetches, arrays, until=until)
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
         key = (feeds, fetches, rows.bit_length())
         pace = self._paces.get(key)
@@ -220,15 +229,19 @@ class Servable:
         finally:
             self._making.release()
 
-    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray], *, serial: bool = False
-            ) -> list[np.ndarray]:  # fmt: skip
-        """Run the graph; RefusedError with the status and text of the operation that refuses."""
+    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray], *, serial: bool = False,
+            until: float = math.inf) -> list[np.ndarray]:  # fmt: skip
+        """Run the graph, where the version is limited `until` a time on the clock of `time.monotonic`.
+
+        Raises:
+            RefusedError: an operation refuses, with its status and text; or the time is over.
+        """
         try:
             call = self._callables[(feeds, fetches, "serial") if serial else (feeds, fetches)]
         except KeyError:
             call = self._callables[feeds, fetches] = self._callable(feeds, fetches)
         try:
-            outputs = call(*arrays)
+            outputs = call(arrays, until) if self._limited else call(*arrays)
         except tf.errors.OpError as error:
             raise RefusedError(STATUS.get(error.error_code, grpc.StatusCode.UNKNOWN), error.message) from error
         except (TypeError, ValueError) as error:
@@ -237,6 +250,8 @@ class Servable:
 
     def _callable(self, feeds: tuple, fetches: tuple) -> Callable:
         """A function arrays -> arrays: the private one is several times faster than the public it falls back to."""
+        if self._limited:
+            return _limited_callable(self._session, feeds, fetches)
         return (_fast_callable(self._session, feeds, fetches, inter_op_thread_pool=self._pool)
                 or self._session.make_callable(list(fetches), feed_list=list(feeds)))  # fmt: skip
 
@@ -356,3 +371,29 @@ def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, 
         return session._make_callable_from_options(options)
     except AttributeError:
         return None
+
+
+def _limited_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple) -> Callable:
+    """A function of arrays and of a time on the clock of `time.monotonic`, at which TensorFlow breaks off the run.
+
+    It looks at the clock in a thread other than those that run the operations, so these are handed over to its pool;
+    and it ends loops and what waits, but no operation that computes. The public `Session.run` also checks shapes, which
+    TensorFlow Serving leaves to the operations.
+    """
+    feeds, fetches = ([session.graph.get_tensor_by_name(name)._as_tf_output() for name in names]
+                      for names in (feeds, fetches))  # fmt: skip
+
+    def call(arrays: Sequence[np.ndarray], until: float) -> list:
+        milliseconds = 0  # without a limit
+        if until < math.inf:
+            milliseconds = math.ceil(1000 * (until - time.monotonic()))
+            if milliseconds <= 0:
+                raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline exceeded")
+        text = tf.compat.v1.RunOptions(timeout_in_ms=milliseconds).SerializeToString()
+        options = pywrap_tf_session.TF_NewBufferFromString(text)
+        try:
+            return session._call_tf_sessionrun(options, dict(zip(feeds, arrays, strict=True)), fetches, [], None)
+        finally:
+            pywrap_tf_session.TF_DeleteBuffer(options)
+
+    return call

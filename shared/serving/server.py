@@ -143,7 +143,8 @@ class Server:
         flags = self.flags
         both = flags.tensorflow_session_parallelism
         threads = (both or flags.tensorflow_intra_op_parallelism, both or flags.tensorflow_inter_op_parallelism)
-        servable = Servable(name, number, folder, tags=flags.saved_model_tags.split(","), threads=threads)
+        servable = Servable(name, number, folder, tags=flags.saved_model_tags.split(","), threads=threads,
+                            limited=flags.enforce_session_run_timeout)  # fmt: skip
         rules = self._rules
         own = folder / "batching_params.pbtxt"
         if flags.enable_batching and flags.enable_per_model_batching_parameters and own.exists():
