@@ -1,13 +1,15 @@
 """Make shared/serving/protocol.binpb anew: `python tests/make_protocol.py`, after an update of tensorflow-serving-api.
 
-The messages and services come from the official stubs. Three small ones that the stubs lack are declared below as
-tensorflow_serving/config/{monitoring,ssl}_config.proto and servables/tensorflow/session_bundle_config.proto have them.
+The messages and services come from the official stubs. What these lack is declared below as tensorflow_serving/config/
+{monitoring,ssl}_config.proto, servables/tensorflow/session_bundle_config.proto and, as far as it is served here,
+tsl/profiler/protobuf/profiler_service.proto have it.
 """
 
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2, wrappers_pb2  # noqa: F401, wrappers is a dependency of what is built
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.tsl.profiler.protobuf import profiler_options_pb2, xplane_pb2
 from tensorflow_serving.apis import model_service_pb2, prediction_log_pb2, prediction_service_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
@@ -27,6 +29,20 @@ FIELDS = {
         ("allowed_batch_sizes", 6, "int64*"), ("pad_variable_length_inputs", 7, "bool"),
     ],
 }  # fmt: skip
+PROFILER = {
+    "ProfileToolData": [("name", 1, "string"), ("data", 2, "bytes")],
+    "ProfileRequest": [
+        ("duration_ms", 1, "uint64"), ("max_events", 2, "uint64"), ("tools", 3, "string*"),
+        ("opts", 4, ".tensorflow.ProfileOptions"), ("repository_root", 5, "string"), ("session_id", 6, "string"),
+        ("host_name", 7, "string"), ("emit_xspace", 9, "bool"),
+    ],
+    "ProfileResponse": [
+        ("tool_data", 6, ".tensorflow.ProfileToolData*"), ("empty_trace", 7, "bool"),
+        ("xspace", 8, ".tensorflow.profiler.XSpace"),
+    ],
+    "TerminateRequest": [("session_id", 1, "string")],
+    "TerminateResponse": [],
+}  # fmt: skip
 
 
 def built() -> descriptor_pb2.FileDescriptorSet:
@@ -41,19 +57,24 @@ def built() -> descriptor_pb2.FileDescriptorSet:
             files.append(descriptor_pb2.FileDescriptorProto.FromString(descriptor.serialized_pb))
 
     for module in (prediction_service_pb2, model_service_pb2, prediction_log_pb2, model_server_config_pb2,
-                   saved_model_pb2):  # fmt: skip
+                   saved_model_pb2, profiler_options_pb2, xplane_pb2):  # fmt: skip
         add(module.DESCRIPTOR)
-    return descriptor_pb2.FileDescriptorSet(file=[*files, _missing()])
+    serving = _declared("cornucopia/missing_from_the_stubs.proto", "tensorflow.serving", FIELDS,
+                        "google/protobuf/wrappers.proto")  # fmt: skip
+    profiler = _declared("cornucopia/profiler_service.proto", "tensorflow", PROFILER,
+                         profiler_options_pb2.DESCRIPTOR.name, xplane_pb2.DESCRIPTOR.name)  # fmt: skip
+    service = profiler.service.add(name="ProfilerService")
+    for call in ("Profile", "Terminate"):
+        asked, told = f".tensorflow.{call}Request", f".tensorflow.{call}Response"
+        service.method.add(name=call, input_type=asked, output_type=told)
+    return descriptor_pb2.FileDescriptorSet(file=[*files, serving, profiler])
 
 
-def _missing() -> descriptor_pb2.FileDescriptorProto:
+def _declared(path: str, package: str, messages: dict[str, list], *needed: str) -> descriptor_pb2.FileDescriptorProto:
     kind = descriptor_pb2.FieldDescriptorProto
-    plain = {"bool": kind.TYPE_BOOL, "string": kind.TYPE_STRING, "int64": kind.TYPE_INT64}
-    file = descriptor_pb2.FileDescriptorProto(
-        name="cornucopia/missing_from_the_stubs.proto", package="tensorflow.serving", syntax="proto3",
-        dependency=["google/protobuf/wrappers.proto"],
-    )  # fmt: skip
-    for name, fields in FIELDS.items():
+    plain = {name: getattr(kind, f"TYPE_{name.upper()}") for name in ("bool", "bytes", "int64", "string", "uint64")}
+    file = descriptor_pb2.FileDescriptorProto(name=path, package=package, syntax="proto3", dependency=needed)
+    for name, fields in messages.items():
         message = file.message_type.add(name=name)
         for field, number, wanted in fields:
             label = kind.LABEL_REPEATED if wanted.endswith("*") else kind.LABEL_OPTIONAL

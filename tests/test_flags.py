@@ -20,7 +20,7 @@ import serving_models
 import tensorflow as tf
 from conftest import until
 
-from shared.serving import flags, load, protocol, rest, server
+from shared.serving import flags, load, profiling, protocol, rest, server
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags, parse
 from shared.serving.gate import Recorder
@@ -47,11 +47,11 @@ def test_upstreams_spelling():
     found, warnings = parse(
         ["--port=9000", "--rest_api_port=9001", "--model_name=m", "--model_base_path=/models/m",
          "--enable_batching=true", "--enable_model_warmup=false", "--tensorflow_session_parallelism=2",
-         "--enable_profiler=false", "--xla_cpu_compilation_enabled"]
+         "--enable_profiler=false", "--flush_filesystem_caches=false", "--xla_cpu_compilation_enabled"]
     )  # fmt: skip
     assert (found.port, found.rest_api_port, found.model_name, found.model_base_path) == (9000, 9001, "m", "/models/m")
-    assert (found.enable_batching, found.enable_model_warmup) == (True, False)
-    assert [warning.split()[0] for warning in warnings] == ["--enable_profiler", "--xla_cpu_compilation_enabled"]
+    assert (found.enable_batching, found.enable_model_warmup, found.enable_profiler) == (True, False, False)
+    assert [one.split()[0] for one in warnings] == ["--flush_filesystem_caches", "--xla_cpu_compilation_enabled"]
     assert parse(["--enable-batching", "--no-enable-model-warmup"])[0].enable_batching
 
 
@@ -62,7 +62,7 @@ def test_upstreams_defaults():
         "load_retry_interval_micros": 60_000_000, "enable_batching": False, "saved_model_tags": "serve",
         "allow_version_labels_for_unavailable_models": False, "enable_model_warmup": True,
         "rest_api_enable_cors_support": False, "enable_signature_method_name_check": False,
-        "enable_serialization_as_tensor_content": False,
+        "enable_serialization_as_tensor_content": False, "enable_profiler": True,
     }  # fmt: skip
     assert {name: getattr(Flags(), name) for name in expected} == expected
 
@@ -422,6 +422,75 @@ def test_a_limit_changes_no_answer(tree):
         assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
         # What a signature says of shapes is not checked, by TensorFlow Serving neither.
         assert client.predict("affine", {"x": np.ones((2, 3, 4), np.float32)})["y"].shape == (2, 3, 4)
+
+
+def test_a_profile_goes_to_who_asks_for_it(tree, tmp_path):
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    ended = threading.Event()
+    with serving(tree) as one, Client(one.address) as client:
+
+        def ask():
+            while not ended.is_set():
+                client.predict("affine", X)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            tf.profiler.experimental.client.trace(f"grpc://{one.address}", str(tmp_path), 300)
+        finally:
+            ended.set()
+            asking.join()
+        (path,) = tmp_path.glob("plugins/profile/*/*")
+        assert path.name == one.address.replace(":", "_") + ".xplane.pb"  # as TensorFlow Serving would call it
+        seen = {known.name for plane in xplane_pb2.XSpace.FromString(path.read_bytes()).planes
+                for known in plane.event_metadata.values()}  # fmt: skip
+        assert {"SessionRun", "ExecutorState::Process"} <= seen
+        with pytest.raises(RuntimeError, match="UNIMPLEMENTED"):  # on TPUs alone
+            tf.profiler.experimental.client.monitor(f"grpc://{one.address}", 100)
+
+
+def test_profiles_are_taken_one_at_a_time_of_who_has_the_token(tree, tmp_path, monkeypatch):
+    from tensorflow.python.profiler import profiler_v2
+
+    (tmp_path / "token").write_text("secret")
+    request = protocol.ProfileRequest(session_id="one", emit_xspace=True, repository_root=str(tmp_path / "root"))
+    request.opts.duration_ms = 60_000
+    long, request.opts.duration_ms = request.SerializeToString(), 10
+    with serving(tree, token_file=str(tmp_path / "token")) as one, grpc.insecure_channel(one.address) as channel:
+        profile, terminate = (channel.unary_unary(f"/tensorflow.ProfilerService/{name}")
+                              for name in ("Profile", "Terminate"))  # fmt: skip
+        allowed = {"metadata": (("authorization", "Bearer secret"),), "timeout": 20}
+
+        def answer():
+            try:
+                return protocol.ProfileResponse.FromString(profile(request.SerializeToString(), **allowed))
+            except grpc.RpcError as error:
+                return error.code().name, error.details()
+
+        busy = ("INTERNAL", "Another profiling session active.")
+        with pytest.raises(grpc.RpcError, match="a valid bearer token is needed"):
+            profile(long, timeout=20)
+        first = profile.future(long, **allowed)
+        until(lambda: profiler_v2._profiler)  # it has begun
+        assert answer() == busy
+        terminate(protocol.TerminateRequest(session_id="another").SerializeToString(), **allowed)
+        assert answer() == busy
+        terminate(protocol.TerminateRequest(session_id="one").SerializeToString(), **allowed)
+        assert protocol.ProfileResponse.FromString(first.result()).HasField("xspace")
+        second = profile.future(long, **allowed)
+        until(lambda: profiler_v2._profiler)
+        second.cancel()  # it makes way for the next
+        assert until(lambda: (found := answer()) != busy and found).HasField("xspace")
+        monkeypatch.setattr(profiling, "LONGEST", 0.01)
+        assert protocol.ProfileResponse.FromString(profile(long, **allowed)).HasField("xspace")
+        assert not (tmp_path / "root").exists()  # the server writes nowhere
+    with (
+        serving(tree, enable_profiler=False) as one,
+        grpc.insecure_channel(one.address) as channel,
+        pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"),
+    ):
+        channel.unary_unary("/tensorflow.ProfilerService/Profile")(long, timeout=20)
 
 
 def test_metrics_config(tree, tmp_path):

@@ -24,6 +24,7 @@ def test_calls_of_the_services():
     assert set(protocol.methods(protocol.PREDICTION)) == {
         "Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata"}  # fmt: skip
     assert set(protocol.methods(protocol.MODEL)) == {"GetModelStatus", "HandleReloadConfigRequest"}
+    assert set(protocol.methods(protocol.PROFILER)) == {"Profile", "Terminate"}
 
 
 numbers = some.sampled_from(DTYPES).flatmap(

@@ -5,6 +5,7 @@ out, no interceptors, and a pool of threads that takes calls from a queue withou
 """
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -20,6 +21,7 @@ from shared.serving import protocol, tensors
 from shared.serving.core import Core
 from shared.serving.flags import processors
 from shared.serving.inference import Stages
+from shared.serving.profiling import Profiler
 from shared.serving.refusal import RefusedError, invalid
 from shared.serving.servable import DEFAULT
 
@@ -121,7 +123,8 @@ class Pool:
 class Grpc:
     """A gRPC server for what a Core answers."""
 
-    def __init__(self, core: Core, *, threads: int, options: dict[str, int | str], largest: int = -1):
+    def __init__(self, core: Core, *, threads: int, options: dict[str, int | str], largest: int = -1,
+                 profiler: bool = False):  # fmt: skip
         """Make a server; `bind` gives it addresses, `start` opens them. `largest`: bytes of a message, -1 for any."""
         self._core, self._pool = core, Pool(processors(), threads)
         settings = {
@@ -140,7 +143,10 @@ class Grpc:
             "GetModelStatus": self._inference("GetModelStatus", self._status),
             "HandleReloadConfigRequest": self._inference("HandleReloadConfigRequest", self._reload),
         }
-        for service, calls in zip(SERVICES, (prediction, model), strict=True):
+        services = {protocol.PREDICTION: prediction, protocol.MODEL: model}
+        if profiler:
+            services[protocol.PROFILER] = self._profiling()
+        for service, calls in services.items():
             handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
             self._server.add_registered_method_handlers(service, handlers)
@@ -148,7 +154,7 @@ class Grpc:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         for module in (health_pb2, reflection_pb2):
             protocol.add(module.DESCRIPTOR.serialized_pb)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, pool=protocol.pool)
 
     def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
@@ -300,6 +306,14 @@ class Grpc:
         for name, value in before.items():
             reply.metric.add(name=name, int64_value_increase=self._core.metrics.value(name) - value)
         return reply.SerializeToString()
+
+    def _profiling(self) -> dict[str, Callable]:
+        profiler = Profiler()
+
+        def profile(data: bytes, context: grpc.ServicerContext) -> bytes:
+            return self._inference("Profile", functools.partial(profiler.profile, context.is_active))(data, context)
+
+        return {"Profile": profile, "Terminate": self._inference("Terminate", profiler.terminate)}
 
 
 FAR = 10**8  # seconds; gRPC's way to say that a call has no deadline

@@ -28,6 +28,7 @@ def methods(service: str) -> dict[str, tuple[type, type]]:
 
 
 PREDICTION, MODEL = "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"
+PROFILER = "tensorflow.ProfilerService"
 
 BatchingParameters = message("tensorflow.serving.BatchingParameters")
 ClassificationRequest = message("tensorflow.serving.ClassificationRequest")
@@ -46,6 +47,8 @@ MultiInferenceResponse = message("tensorflow.serving.MultiInferenceResponse")
 PredictionLog = message("tensorflow.serving.PredictionLog")
 PredictRequest = message("tensorflow.serving.PredictRequest")
 PredictResponse = message("tensorflow.serving.PredictResponse")
+ProfileRequest = message("tensorflow.ProfileRequest")
+ProfileResponse = message("tensorflow.ProfileResponse")
 RegressionRequest = message("tensorflow.serving.RegressionRequest")
 RegressionResponse = message("tensorflow.serving.RegressionResponse")
 ReloadConfigRequest = message("tensorflow.serving.ReloadConfigRequest")
@@ -55,6 +58,8 @@ SignatureDef = message("tensorflow.SignatureDef")
 SignatureDefMap = message("tensorflow.serving.SignatureDefMap")
 SSLConfig = message("tensorflow.serving.SSLConfig")
 TensorProto = message("tensorflow.TensorProto")
+TerminateRequest = message("tensorflow.TerminateRequest")
+XSpace = message("tensorflow.profiler.XSpace")
 
 _DATA_TYPES = pool.FindEnumTypeByName("tensorflow.DataType")
 

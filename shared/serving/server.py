@@ -92,7 +92,8 @@ class Server:
         options = {key: int(value) if value.lstrip("-").isdecimal() else value for key, _, value in
                    (pair.partition("=") for pair in flags.grpc_channel_arguments.split(",") if pair)}  # fmt: skip
         threads = flags.grpc_max_threads or (64 if flags.enable_batching else 4 * processors())
-        self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1)
+        self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1,
+                          profiler=flags.enable_profiler)  # fmt: skip
         if flags.port:
             self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", self._credentials)
             self.address = f"{flags.host}:{self.port}"
