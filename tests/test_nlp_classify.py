@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import tensorflow as tf
+from keras import ops
 
 from apps.nlp import classify
 
@@ -191,6 +192,22 @@ def test_linear_machines_in_the_graph_equal_scikit_learn(table):
     )
     np.testing.assert_allclose(margins[:, 1], expected, atol=1e-3)
     np.testing.assert_allclose(margins[:, 0], -expected, atol=1e-3)
+
+
+def test_a_text_in_a_row_with_others_is_as_alone_between_zeros(table):
+    config = classify.Config(data=str(table), rare=1, batch=16, networks=1, width=8, filters=64)
+    network = classify.build(config, classify.load(config)).get_layer("network")
+    for weight in network.weights:  # biases too, so that a convolution that sees nothing is not nothing
+        weight.assign(np.random.default_rng(1).normal(size=weight.shape) * (weight.dtype == "float32"))
+    tokens = classify._of_ngrams(tf.constant(["soup", "my bank card, the bread and 🙂 dinner", "", "the soup"]))
+    tokens = {name: tokens[name] for name in network.input}
+    *_, of_two, of_three, of_four = (one for one in network.layers if isinstance(one, keras.layers.Conv1D))
+    (dense,) = (one for one in network.layers if isinstance(one, keras.layers.Dense))
+    seen, found = keras.Model(network.input, [network.get_layer("seen_0").output, dense.output])(tokens)
+    for row, length in enumerate(np.sum(tokens["words"] > 0, 1)):
+        x = np.pad(seen.numpy()[row, :length], [[9, 9], [0, 0]])[None]
+        most = [ops.max(one(x), 1) for one in (of_two, of_three, of_four)]
+        np.testing.assert_allclose(found[row], dense(ops.concatenate(most, -1))[0], rtol=1e-4)
 
 
 def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, cornucopia, tmp_path):
