@@ -570,6 +570,19 @@ def test_metrics_are_what_prometheus_reads(tree):
         assert samples[key] == 3
 
 
+def test_a_server_that_ends_ends_a_profile_that_is_taken(tree):
+    from tensorflow.python.profiler import profiler_v2
+
+    request = protocol.ProfileRequest(emit_xspace=True)
+    request.opts.duration_ms = 60_000
+    with serving(tree) as one, grpc.insecure_channel(one.address) as channel:
+        call = channel.unary_unary("/tensorflow.ProfilerService/Profile")
+        profile = call.future(request.SerializeToString(), timeout=50)
+        until(lambda: profiler_v2._profiler)
+        one.stop(grace=40.0)
+        assert protocol.ProfileResponse.FromString(profile.result()).HasField("xspace")
+
+
 def test_requests_for_what_is_not_there_are_counted_without_growing_the_metrics(tree):
     with serving(tree, rest_api_port=-1) as one, Client(one.address, retries=0) as client:
         for name, version in (("affine", 9), ("a", None), ("b", None)):

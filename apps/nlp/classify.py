@@ -156,7 +156,7 @@ def _docstrings() -> list[tuple[str, str, str]]:
     rows = {}
     for part in ("integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "spatial", "stats"):
         for path in sorted((root / part).rglob("*.py")):
-            if "tests" in path.parts:
+            if "tests" in path.relative_to(root).parts:
                 continue
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and (told := ast.get_docstring(node)):

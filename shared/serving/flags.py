@@ -45,7 +45,7 @@ class Flags:
     grpc_channel_arguments: str = ""  # options of the gRPC server, as k=v,k=v
     grpc_max_threads: int = 0  # that answer gRPC requests; 0: four a processor, with batching 64
     enable_grpc_healthcheck_service: bool = True  # grpc.health.v1; here always
-    enable_profiler: bool = True  # TensorFlow's, on the gRPC port; profiles go to the client, and no file is written
+    enable_profiler: bool = True  # TensorFlow's, on the gRPC port; who asks for a profile gets it
     enforce_session_run_timeout: bool = False  # break off a run at its request's deadline; slower for small models
     enable_signature_method_name_check: bool = False  # refuse to predict, classify or regress by another signature
     enable_serialization_as_tensor_content: bool = False  # answer in tensor_content, not in typed fields

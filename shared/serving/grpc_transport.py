@@ -126,7 +126,7 @@ class Grpc:
     def __init__(self, core: Core, *, threads: int, options: dict[str, int | str], largest: int = -1,
                  profiler: bool = False):  # fmt: skip
         """Make a server; `bind` gives it addresses, `start` opens them. `largest`: bytes of a message, -1 for any."""
-        self._core, self._pool = core, Pool(processors(), threads)
+        self._core, self._pool, self._profiler = core, Pool(processors(), threads), Profiler()
         settings = {
             "grpc.max_send_message_length": -1, "grpc.max_receive_message_length": largest, "grpc.so_reuseport": 0,
             **options,
@@ -178,6 +178,7 @@ class Grpc:
     def stop(self, grace: float) -> threading.Event:
         """Take no new calls and let those in flight end within some seconds; the event says when it is done."""
         self.health.enter_graceful_shutdown()
+        self._profiler.close()
         return self._server.stop(grace)
 
     def close(self) -> None:
@@ -308,12 +309,11 @@ class Grpc:
         return reply.SerializeToString()
 
     def _profiling(self) -> dict[str, Callable]:
-        profiler = Profiler()
-
         def profile(data: bytes, context: grpc.ServicerContext) -> bytes:
-            return self._inference("Profile", functools.partial(profiler.profile, context.is_active))(data, context)
+            work = functools.partial(self._profiler.profile, context.is_active)
+            return self._inference("Profile", work)(data, context)
 
-        return {"Profile": profile, "Terminate": self._inference("Terminate", profiler.terminate)}
+        return {"Profile": profile, "Terminate": self._inference("Terminate", self._profiler.terminate)}
 
 
 FAR = 10**8  # seconds; gRPC's way to say that a call has no deadline
