@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import json
 import ssl
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -241,8 +242,9 @@ def over_rest(files=()):
         daemon_threads = True
         request_queue_size = 64
 
-        def handle_error(self, *_):
-            pass  # a client that went away
+        def handle_error(self, *about):
+            if not isinstance(sys.exception(), OSError):  # a client that went away
+                super().handle_error(*about)
 
     with Server(("127.0.0.1", 0), Handler) as server:
         if files:
