@@ -11,26 +11,28 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-COLUMNS = ("task", "data, protocol", "metric", "result (95 % interval)", "baseline", "published", "minutes",
+COLUMNS = ("task", "data, protocol", "model", "metric", "result (95 % interval)", "baseline", "published", "minutes",
            "examples/s", "memory")  # fmt: skip
 
 
 def table(reports: list[dict]) -> str:
     lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
     for report in reports:
-        metric, cost = report["headline"], report["cost"]
-        cells = [
-            f"`{report['task']}`",
-            f"{report['data']}, {report['protocol']}",
-            metric,
-            cell(report["test"][metric]),
-            cell(report["baseline"].get(metric)),
-            report["published"].get(metric, ""),
-            f"{cost['train_seconds'] / 60:.1f}",
-            f"{cost['examples_per_second']:,.0f}",
-            f"{cost['peak_bytes'] / 2**30:.1f} GiB",
-        ]
-        lines.append(" | ".join(cells))
+        cost = report["cost"]
+        for metric in dict.fromkeys([report["headline"], *report["expected"]]):
+            cells = [
+                f"`{' '.join([report['task'], *report['flags']])}`",
+                f"{report['data']}, {report['protocol']}",
+                report["model"],
+                metric,
+                cell(report["test"][metric]),
+                cell(report["baseline"].get(metric)),
+                report["published"].get(metric, ""),
+                f"{cost['train_seconds'] / 60:.1f}",
+                f"{cost['examples_per_second']:,.0f}",
+                f"{cost['peak_bytes'] / 2**30:.1f} GiB",
+            ]
+            lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -58,6 +58,7 @@ class Config:
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     # Devices: auto is every GPU, or the one CPU, and many workers where TF_CONFIG or Slurm names them.
     strategy: Literal["auto", "one", "mirrored", "multiworker"] = "auto"
+    threads: int = 0  # processors that one operation may take; 0: all
     data_service: str = ""  # grpc://HOST:PORT of a cornucopia data-service that makes the training batches; empty: here
     clip: float = 0.0  # longest gradient, of all weights together; longer ones are shortened to it; 0: any
     checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: a minute's worth
@@ -97,6 +98,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
         "data": about["data"],
         "protocol": about["protocol"],
         "published": {key.removeprefix("published "): text for key, text in about.items() if "published" in key},
+        "model": f"{model.name}, {model.count_params():,} parameters",
         "headline": next(iter(learned.test)),
         "names": list(splits.names),
         "test": {metric: dataclasses.asdict(value) for metric, value in learned.test.items()},

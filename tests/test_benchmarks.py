@@ -41,6 +41,13 @@ def test_shortfalls():
     assert quality.shortfalls(result(loss=1.3), {"loss": 1.4}) == []
 
 
+def test_trials_have_names_of_their_own_and_every_result_is_of_one():
+    names = [one.name for one in quality.trials()]
+    assert len(set(names)) == len(names)
+    assert {path.stem for path in quality.RESULTS.glob("*.json")} <= set(names)
+    assert {f"{task}.embedded" for task in command.tasks()} <= set(names)
+
+
 @pytest.mark.parametrize("task", command.tasks())
 def test_expectations_can_be_read_without_the_task(task):
     for bars in quality.expected(task).values():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 import time
 import zipfile
@@ -40,6 +41,33 @@ def made(tokens="characters", history=3):
     random = np.random.default_rng(7)
     model.set_weights([random.normal(0, 0.5, weight.shape) for weight in model.get_weights()])
     return config, splits, model, write.Endpoint(config, model, splits)
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_batch_that_is_learned_in_parts_is_learned_as_a_whole(xla):
+    config = dataclasses.replace(SMALL, batch=3, threads=0)
+    _, splits, _, _ = made()
+    ids = np.random.default_rng(1).integers(1, len(splits.names), [4, 3, 9], dtype=np.int32)
+    learned = {}
+    for sizes in ([3], [1, 2]):
+        keras.utils.set_random_seed(5)
+        model = write.build(config, splits)
+        model.compile(keras.optimizers.SGD(0.5), model.loss)  # of others, rounding decides about small steps
+        if len(sizes) > 1:
+            model.train_step = write._in_parts(model, sizes, xla=xla)
+        losses = [model.train_on_batch(batch[:, :-1], batch[:, 1:]) for batch in ids]
+        learned[len(sizes)] = [losses, *model.get_weights()]
+    for whole, parts in zip(learned[1], learned[2], strict=True):
+        np.testing.assert_allclose(whole, parts, atol=1e-5)
+
+
+def test_how_a_batch_is_cut(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    sizes = {(batch, threads): write._sizes(dataclasses.replace(SMALL, batch=batch, threads=threads))
+             for batch, threads in ((16, 1), (6, 1), (2, 1), (16, 2), (16, 8), (16, 0))}  # fmt: skip
+    assert sizes == {(16, 1): [4, 4, 4, 4], (6, 1): [2, 2, 1, 1], (2, 1): [1, 1], (16, 2): [8, 8], (16, 8): [16],
+                     (16, 0): [16]}  # fmt: skip
+    assert write._sizes(dataclasses.replace(SMALL, backbone="preset")) == [2]
 
 
 # Tokens.

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ class Config(run.Config):
     optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps; backbones take AdamW
     rate: float = 0.0  # peak learning rate; 0: 0.008, for AdamW 0.003, with a backbone 0.0001, by LoRA 0.001
     decay: float = 0.1  # weight decay; with Muon of its matrices alone
+    threads: int = 1  # processors that one operation may take; each step's batch is cut up for them; 0: all, uncut
     xla: bool = True  # compile the steps: some seconds first, then a fifth faster, but on CPU wide networks are slower
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
@@ -397,8 +399,51 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
         )
     else:
         optimizer = keras.optimizers.AdamW(rate, weight_decay=config.decay, beta_2=0.98)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=config.xla)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    sizes = _sizes(config)
+    model.compile(optimizer, loss, jit_compile=config.xla and len(sizes) == 1)
+    if len(sizes) > 1:
+        model.train_step = _in_parts(model, sizes, xla=config.xla)
     return model
+
+
+def _sizes(config: Config) -> list[int]:
+    """Of the parts of a batch that learn at once, each on as many processors as one operation may take."""
+    alone = not tf.config.list_physical_devices("GPU") and tf.distribute.get_strategy().num_replicas_in_sync == 1
+    parts = os.cpu_count() // config.threads if config.threads and alone and not config.backbone else 1
+    return [len(part) for part in np.array_split(np.arange(config.batch), min(max(1, parts), config.batch))]
+
+
+def _in_parts(model: keras.Model, sizes: list[int], *, xla: bool):
+    """A training step that learns parts of a batch, of so many windows each, side by side.
+
+    TensorFlow shares one operation after the other out over all processors, which costs small ones more than it saves.
+    """
+
+    @tf.function(jit_compile=xla)
+    def gradients(token_ids, targets):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(token_ids, targets, model(token_ids, training=True))
+            scaled = model.optimizer.scale_loss(loss)
+        found = tape.gradient(scaled, [variable.value for variable in model.trainable_variables])
+        return loss, [tf.convert_to_tensor(gradient) for gradient in found]
+
+    @tf.function(jit_compile=xla)
+    def update(*found):
+        means = [tf.tensordot(shares, tf.stack(parts), 1) for parts in zip(*found, strict=True)]
+        model.optimizer.apply(means, model.trainable_variables)
+
+    shares = np.divide(sizes, sum(sizes), dtype=np.float32)
+
+    def step(batch):
+        token_ids, targets, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        parts = zip(tf.split(token_ids, sizes), tf.split(targets, sizes), strict=True)
+        losses, found = zip(*(gradients(*part) for part in parts), strict=True)
+        update(*found)
+        model.metrics[0].update_state(tf.tensordot(shares, tf.stack(losses), 1))
+        return model.get_metrics_result()
+
+    return step
 
 
 def _pretrained(config: Config, count: int, **options) -> keras.Model:
@@ -524,13 +569,15 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
     @tf.function(reduce_retracing=True)
     def answer(token_ids, targets):
         logits = model(token_ids, training=False)
-        return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits), -1)
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
 
     nats, characters = [], []
     for token_ids, targets in splits.test:
-        nats.append(answer(token_ids, targets))
+        nats.append(answer(token_ids, targets).numpy())  # [window, place]
         characters.append(splits.preprocess.characters[targets.numpy()].sum(-1))
-    return {"loss": language.loss(np.concatenate(nats), np.concatenate(characters))}
+    whole = [one for one in nats if one.shape[1] == nats[0].shape[1]]  # but the last window
+    language.plot_places(np.concatenate(whole), config.folder / "places.png")
+    return {"loss": language.loss(np.concatenate([one.sum(-1) for one in nats]), np.concatenate(characters))}
 
 
 def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:

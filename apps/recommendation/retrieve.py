@@ -19,7 +19,7 @@ import tensorflow_recommenders as tfrs
 
 from shared import data, metrics, run, training
 from shared.data import named, ratings
-from shared.metrics.retrieval import ndcg, ranks, retrieval
+from shared.metrics.retrieval import ndcg, plot_popularity, ranks, retrieval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,7 +403,9 @@ def _solve(config: Config, model: keras.Model, splits: data.Splits) -> None:
 
 def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
     had, targets = _questions(splits.test)
-    return retrieval(np.where(had, -np.inf, sum(_parts(model, splits.test))), targets, had.mean(0), top=TOP)
+    asked = np.where(had, -np.inf, sum(_parts(model, splits.test))), targets, had.mean(0)
+    plot_popularity(*asked, config.folder / "popularity.png", top=TOP)
+    return retrieval(*asked, top=TOP)
 
 
 def _parts(model: keras.Model, batches: tf.data.Dataset) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """How well a ranking of all items finds the one that a user took next."""
 
+from pathlib import Path
+
 import numpy as np
 
 from shared.metrics import Measured, measured
@@ -50,3 +52,27 @@ def ndcg(place: np.ndarray, *, top: int = 10) -> np.ndarray:
 def ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Place of the right item, from 1; among equal scores it comes last, so that a constant earns nothing, [user]."""
     return (scores >= scores[np.arange(len(targets)), targets][:, None]).sum(-1)
+
+
+def plot_popularity(
+    scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, path: Path, *, top: int = 10
+) -> None:
+    """Draw which items are taken, shown and found, by tenths of the items from the rarest on, as a PNG.
+
+    The arguments are those of `retrieval`.
+    """
+    from matplotlib.figure import Figure
+
+    tenth = np.empty(len(popularity), int)  # of each item
+    tenth[np.argsort(popularity, kind="stable")] = np.arange(len(popularity)) * 10 // len(popularity)
+    shown = np.argsort(-scores, axis=-1, kind="stable")[:, :top]
+    found = targets[ranks(scores, targets) <= top]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, items) in enumerate({"taken": targets, "shown": shown.ravel(), "found": found}.items()):
+        shares = np.bincount(tenth[items], minlength=10) / (len(targets) if name == "found" else items.size)
+        axes.bar(np.arange(10) + 0.28 * (place - 1), shares, 0.28, label=f"{name}, {shares.sum():.2f} in all")
+    axes.set(xticks=range(10), xticklabels=range(1, 11), ylabel="share",
+             xlabel="tenths of the items, the tenth is the most popular")  # fmt: skip
+    axes.legend(title=f"what users take next; the {top} that they are shown")
+    figure.savefig(path, dpi=120)

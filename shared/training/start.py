@@ -1,5 +1,6 @@
 """The start of a run: its folder, its seed, its precision, its devices."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ from shared.training import workers
 # What may differ between a run and the one that goes on with it.
 FREE = (
     "resume", "name", "runs", "saved_models", "checkpoint_every", "max_hours", "max_cost", "price_per_hour", "watts",
-    "strategy", "data_service",
+    "strategy", "threads", "data_service",
 )  # fmt: skip
 
 
@@ -32,6 +33,9 @@ def begin(task_name: str, config: Config) -> Config:
     """
     if config.max_cost and not config.price_per_hour:
         raise ValueError("--max-cost needs --price-per-hour: what an hour of this machine costs")
+    if config.threads:
+        with contextlib.suppress(RuntimeError):  # TensorFlow is at work in this process already: it stays as it is
+            tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     if config.strategy == "multiworker" or (config.strategy == "auto" and workers.configured()):
         config = dataclasses.replace(config, strategy="multiworker")
         if not config.name:
