@@ -1,6 +1,8 @@
 """Every test runs on a machine without GPUs, without the network, and writes only below its own folder."""
 
 import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+REAL = os.environ.get("TF_SERVING_ADDRESS", "")  # of a server that takes the tests of the contract, see serving_models
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
@@ -133,3 +136,73 @@ def pictures(tmp_path):
         return root
 
     return make
+
+
+# The contract's tests ask one server a module; with TF_SERVING_ADDRESS and TF_SERVING_REST one that is there already.
+
+
+@pytest.fixture(scope="session")
+def contract(tmp_path_factory):
+    """A folder of the models that the contract is tested on, and their config."""
+    import serving_models
+
+    root = tmp_path_factory.mktemp("contract")
+    serving_models.write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def addresses(request):
+    """Where a server answers over gRPC and over REST."""
+    if REAL:
+        yield REAL, os.environ.get("TF_SERVING_REST", "")
+        return
+    from shared.serving.flags import Flags
+    from shared.serving.server import Server
+
+    config = request.getfixturevalue("contract") / "models.config"
+    flags = Flags(model_config_file=str(config), port=-1, rest_api_port=-1, file_system_poll_wait_seconds=0,
+                  allow_version_labels_for_unavailable_models=True)  # fmt: skip
+    with Server(flags) as server:
+        yield server.address, server.rest_address
+
+
+@pytest.fixture(scope="module")
+def channel(addresses):
+    import grpc
+
+    with grpc.insecure_channel(addresses[0]) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def prediction(channel):
+    from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+    return prediction_service_pb2_grpc.PredictionServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def service(channel):
+    from tensorflow_serving.apis import model_service_pb2_grpc
+
+    return model_service_pb2_grpc.ModelServiceStub(channel)
+
+
+@pytest.fixture
+def rest(addresses):
+    """Ask over HTTP: (status, headers, body)."""
+    if not addresses[1]:
+        pytest.skip("TF_SERVING_REST does not say where the server of TF_SERVING_ADDRESS answers over REST")
+    host, _, port = addresses[1].rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+
+    def ask(method, path, body=None, **headers):
+        if body is not None and not isinstance(body, bytes | str):
+            body = json.dumps(body)
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read()
+
+    yield ask
+    connection.close()

@@ -1,10 +1,14 @@
-"""The small models that tests/test_serving.py asks: `python tests/serving_models.py FOLDER` writes them with a config.
+"""The small models that the contract is tested on: `python tests/serving_models.py FOLDER` writes them with a config.
 
 With them a real TensorFlow Serving takes the same tests:
 
     tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \
-        --enable_grpc_healthcheck_service
-    TF_SERVING_ADDRESS=127.0.0.1:8500 TF_SERVING_REST=127.0.0.1:8501 pytest tests/test_serving.py
+        --enable_grpc_healthcheck_service --allow_version_labels_for_unavailable_models
+    TF_SERVING_ADDRESS=127.0.0.1:8500 TF_SERVING_REST=127.0.0.1:8501 \
+        pytest tests/test_serving.py tests/test_rest_table.py tests/test_round_trip.py
+
+Without TF_SERVING_REST what is asked over REST is skipped. What is ours alone (flags, batching's and metrics' own
+servers) is in other files, which start the server that they ask.
 """
 
 import sys
@@ -88,6 +92,44 @@ class Judge(tf.Module):
     def others(self, inputs):
         return {"what": self._read(inputs)}
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def three(self, inputs):
+        return {"classes": self.names, "scores": self._read(inputs), "what": self._read(inputs)}
+
+
+class Uneven(tf.Module):
+    """Outputs that no row of an answer can hold, each for another reason."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def __call__(self, x):
+        return {"a": x, "b": x[:1]}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def scalar(self, x):
+        return {"y": tf.reduce_sum(x)}
+
+    @tf.function(input_signature=[])
+    def nothing(self):
+        return {"y": tf.constant([1.0])}
+
+    def cast(self, dtype):
+        return tf.function(lambda x: {"y": tf.cast(x, dtype)},
+                           input_signature=[tf.TensorSpec([None], tf.float32, name="x")])  # fmt: skip
+
+
+class Same(tf.Module):
+    """What comes in goes out, of one type and any shape."""
+
+    def __init__(self, name: str, aliases: str = "x"):
+        super().__init__()
+        values = [tf.TensorSpec(None, name, name=alias) for alias in aliases]
+        self.call = tf.function(lambda *given: dict(zip(aliases, map(tf.identity, given), strict=True)),
+                                input_signature=values)  # fmt: skip
+
+
+DTYPES = ("float", "double", "int32", "uint8", "int16", "int8", "string", "complex64", "int64", "bool", "bfloat16",
+          "uint16", "complex128", "half", "uint32", "uint64")  # fmt: skip
+
 
 def save(module: tf.Module, folder: Path, signatures=None) -> None:
     """Write a version."""
@@ -105,14 +147,24 @@ def write(root: Path) -> None:
     save(Narrow(), root / "narrow" / "1")
     judge = Judge()
     save(judge, root / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress,
-                                       "scores": judge.scores, "others": judge.others})  # fmt: skip
+                                       "scores": judge.scores, "others": judge.others,
+                                       "three": judge.three})  # fmt: skip
+    uneven = Uneven()
+    save(uneven, root / "uneven" / "1",
+         {"serving_default": uneven.__call__, "scalar": uneven.scalar, "nothing": uneven.nothing,
+          **{name: uneven.cast(name) for name in ("half", "uint16", "complex64")}})  # fmt: skip
+    same = {f"same_{name}": Same(name) for name in DTYPES}
+    same |= {f"same_int32_{aliases}": Same("int32", aliases) for aliases in ("a", "ab")}
+    for name, module in same.items():
+        save(module, root / name / "1", module.call)
+    every = 'model_version_policy { all {} } version_labels { key: "stable" value: 1 }'
     blocks = [
         f'  config {{ name: "{name}" base_path: "{root.absolute() / name}" model_platform: "tensorflow"{policy} }}\n'
         for name, policy in (
-            ("adder", " model_version_policy { all {} }"), ("affine", ""), ("echo", ""), ("judge", ""), ("scaled", ""),
-            ("narrow", ""),
+            ("adder", f" {every}"),
+            *((name, "") for name in ("affine", "echo", "judge", "scaled", "narrow", "uneven", *same)),
         )
-    ]  # fmt: skip
+    ]
     (root / "models.config").write_text(f"model_config_list {{\n{''.join(blocks)}}}\n")
 
 

@@ -75,40 +75,40 @@ def test_signature_without_inputs(name, shown):
     assert refused(f'{{{name}"inputs": 1}}') == f"Failed to get input map for signature: {shown}"
 
 
-@pytest.mark.parametrize(
-    ("body", "number", "dtype", "expected"),
-    [
-        ("[1, 2.0, 3, 4, 5.003, 0.007, 0.0]", FLOAT, np.float32, [1, 2.0, 3, 4, 5.003, 0.007, 0.0]),
-        ("[1.0, 2, 3, 4, 0.662, 0, 0.0]", DOUBLE, np.float64, [1.0, 2, 3, 4, 0.662, 0, 0.0]),
-        ("[1435774380]", FLOAT, np.float32, [1435774380.0]),
-        ("[1435774380.0]", FLOAT, np.float32, [1435774380.0]),
-        ("[1.7976931348623157e+308]", FLOAT, np.float32, [math.inf]),
-        ("[-1.7976931348623157e+308]", FLOAT, np.float32, [-math.inf]),
-        ("[2.2250738585072014e-308]", FLOAT, np.float32, [0.0]),
-        ("[NaN, Infinity, -Infinity]", DOUBLE, np.float64, [math.nan, math.inf, -math.inf]),
-        ("[NaN, Infinity, -Infinity, 1]", FLOAT, np.float32, [math.nan, math.inf, -math.inf, 1]),
-        ("[Inf, -Inf, -NaN]", FLOAT, np.float32, [math.inf, -math.inf, math.nan]),
-        ("[18446744073709551616, 1e2]", DOUBLE, np.float64, [18446744073709551616.0, 100.0]),
-        ("[true, false]", BOOL, np.bool_, [True, False]),
-        ("[-128, 127]", INT8, np.int8, [-128, 127]),
-        ("[0, 255]", UINT8, np.uint8, [0, 255]),
-        ("[128, -129, 300, -2147483648]", INT8, np.int8, [-128, 127, 44, 0]),  # as upstream
-        ("[-1, 256, 300, 2147483647]", UINT8, np.uint8, [255, 0, 44, 255]),
-        ("[32768, 70000]", INT16, np.int16, [-32768, 4464]),
-        ("[-32768, 32767]", INT16, np.int16, [-32768, 32767]),
-        ("[-2147483648, 2147483647, -0]", INT32, np.int32, [-2147483648, 2147483647, 0]),
-        ("[-9223372036854775808, 9223372036854775807]", INT64, np.int64, [-(2**63), 2**63 - 1]),
-        ("[0, 4294967295]", UINT32, np.uint32, [0, 4294967295]),
-        ("[0, 18446744073709551615]", UINT64, np.uint64, [0, 18446744073709551615]),
-        ('["foo", "b\\u00e4r", "\\ud83d\\ude00", "\\"\\u0000\\\\ud800"]', STRING, object,
-         [b"foo", "bär".encode(), "😀".encode(), b'"\0\\ud800']),
-        ('[{"b64": "aGVsbG8="}, {"b64": "d29ybGQ="}]', STRING, object, [b"hello", b"world"]),
-        ('[[{"b64": "aGVsbG8="}], [{"b64": "d29ybGQ="}]]', STRING, object, [[b"hello"], [b"world"]]),
-        ('[{"b64": "aGVsbG8"}, {"b64": "aGVs bG8="}, {"b64": ""}, "x"]', STRING, object,
-         [b"hello", b"hello", b"", b"x"]),
-        ("[[[]], [[]]]", FLOAT, np.float32, np.zeros([2, 1, 0])),
-    ],
-)  # fmt: skip
+READ = [
+    ("[1, 2.0, 3, 4, 5.003, 0.007, 0.0]", FLOAT, np.float32, [1, 2.0, 3, 4, 5.003, 0.007, 0.0]),
+    ("[1.0, 2, 3, 4, 0.662, 0, 0.0]", DOUBLE, np.float64, [1.0, 2, 3, 4, 0.662, 0, 0.0]),
+    ("[1435774380]", FLOAT, np.float32, [1435774380.0]),
+    ("[1435774380.0]", FLOAT, np.float32, [1435774380.0]),
+    ("[1.7976931348623157e+308]", FLOAT, np.float32, [math.inf]),
+    ("[-1.7976931348623157e+308]", FLOAT, np.float32, [-math.inf]),
+    ("[2.2250738585072014e-308]", FLOAT, np.float32, [0.0]),
+    ("[NaN, Infinity, -Infinity]", DOUBLE, np.float64, [math.nan, math.inf, -math.inf]),
+    ("[NaN, Infinity, -Infinity, 1]", FLOAT, np.float32, [math.nan, math.inf, -math.inf, 1]),
+    ("[Inf, -Inf, -NaN]", FLOAT, np.float32, [math.inf, -math.inf, math.nan]),
+    ("[18446744073709551616, 1e2]", DOUBLE, np.float64, [18446744073709551616.0, 100.0]),
+    ("[true, false]", BOOL, np.bool_, [True, False]),
+    ("[-128, 127]", INT8, np.int8, [-128, 127]),
+    ("[0, 255]", UINT8, np.uint8, [0, 255]),
+    ("[128, -129, 300, -2147483648]", INT8, np.int8, [-128, 127, 44, 0]),  # as upstream
+    ("[-1, 256, 300, 2147483647]", UINT8, np.uint8, [255, 0, 44, 255]),
+    ("[32768, 70000]", INT16, np.int16, [-32768, 4464]),
+    ("[-32768, 32767]", INT16, np.int16, [-32768, 32767]),
+    ("[-2147483648, 2147483647, -0]", INT32, np.int32, [-2147483648, 2147483647, 0]),
+    ("[-9223372036854775808, 9223372036854775807]", INT64, np.int64, [-(2**63), 2**63 - 1]),
+    ("[0, 4294967295]", UINT32, np.uint32, [0, 4294967295]),
+    ("[0, 18446744073709551615]", UINT64, np.uint64, [0, 18446744073709551615]),
+    ('["foo", "b\\u00e4r", "\\ud83d\\ude00", "\\"\\u0000\\\\ud800"]', STRING, object,
+     [b"foo", "bär".encode(), "😀".encode(), b'"\0\\ud800']),
+    ('[{"b64": "aGVsbG8="}, {"b64": "d29ybGQ="}]', STRING, object, [b"hello", b"world"]),
+    ('[[{"b64": "aGVsbG8="}], [{"b64": "d29ybGQ="}]]', STRING, object, [[b"hello"], [b"world"]]),
+    ('[{"b64": "aGVsbG8"}, {"b64": "aGVs bG8="}, {"b64": ""}, "x"]', STRING, object,
+     [b"hello", b"hello", b"", b"x"]),
+    ("[[[]], [[]]]", FLOAT, np.float32, np.zeros([2, 1, 0])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "number", "dtype", "expected"), READ)
 @pytest.mark.parametrize("key", ["instances", "inputs"])
 def test_types(key, body, number, dtype, expected):
     _, inputs, row = read(f'{{"{key}": {body}}}', x=number)
@@ -157,99 +157,99 @@ def test_columns_of_several_inputs():
     same(inputs["bin"], object, b"hello")
 
 
-@pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ("", "The document is empty"),
-        (" \n", "The document is empty. at offset: 2"),
-        ("nonsense", "Invalid value. at offset: 1"),
-        ('{"ä": x}', "Invalid value. at offset: 7"),
-        ('{"a" 1}', "Missing a colon after a name of object member. at offset: 5"),
-        ('{"a": 1 2}', "Missing a comma or '}' after an object member. at offset: 8"),
-        ('{"a": [1 2]}', "Missing a comma or ']' after an array element. at offset: 9"),
-        ('{"a": [1, 2', "Missing a comma or ']' after an array element. at offset: 11"),
-        ('{"a": 1,}', "Missing a name for object member. at offset: 8"),
-        ('{"a": [1,]}', "Invalid value. at offset: 9"),
-        ('{"a": "b', "Missing a closing quotation mark in string. at offset: 8"),
-        ('{"a": "\\x"}', "Invalid escape character in string. at offset: 7"),
-        ('{"a": "\n"}', "Invalid escape character in string. at offset: 7"),
-        ('{"a": "\\u00g0"}', "Incorrect hex digit after \\u escape in string. at offset: 7"),
-        ('{"a": "\\ud800"}', "The surrogate pair in string is invalid. at offset: 7"),
-        ('{"a": "\\ud83d\\ude00\\\\\\udc00"}', "The surrogate pair in string is invalid. at offset: 21"),
-        ('{"a": truf}', "Invalid value. at offset: 9"),
-        ('{"a": 1.}', "Miss fraction part in number. at offset: 8"),
-        ('{"a": 1e+}', "Miss exponent in number. at offset: 9"),
-        ('{"inputs": 1e400}', "Number too big to be stored in double. at offset: 11"),
-        ('{"inputs": [1%s]}' % ("0" * 310), "Number too big to be stored in double."),
-        ('{"inputs": [1%s]}' % ("0" * 5000), "Number too big to be stored in double. at offset: 12"),
-        (b'{"inputs": "\xff"}', "Invalid encoding in string. at offset: 12"),
-        (b'{"inputs": "\xed\xa0\x80"}', "Invalid encoding in string. at offset: 12"),
-    ],
-)  # fmt: skip
+BROKEN = [
+    ("", "The document is empty"),
+    (" \n", "The document is empty. at offset: 2"),
+    ("nonsense", "Invalid value. at offset: 1"),
+    ('{"ä": x}', "Invalid value. at offset: 7"),
+    ('{"a" 1}', "Missing a colon after a name of object member. at offset: 5"),
+    ('{"a": 1 2}', "Missing a comma or '}' after an object member. at offset: 8"),
+    ('{"a": [1 2]}', "Missing a comma or ']' after an array element. at offset: 9"),
+    ('{"a": [1, 2', "Missing a comma or ']' after an array element. at offset: 11"),
+    ('{"a": 1,}', "Missing a name for object member. at offset: 8"),
+    ('{"a": [1,]}', "Invalid value. at offset: 9"),
+    ('{"a": "b', "Missing a closing quotation mark in string. at offset: 8"),
+    ('{"a": "\\x"}', "Invalid escape character in string. at offset: 7"),
+    ('{"a": "\n"}', "Invalid escape character in string. at offset: 7"),
+    ('{"a": "\\u00g0"}', "Incorrect hex digit after \\u escape in string. at offset: 7"),
+    ('{"a": "\\ud800"}', "The surrogate pair in string is invalid. at offset: 7"),
+    ('{"a": "\\ud83d\\ude00\\\\\\udc00"}', "The surrogate pair in string is invalid. at offset: 21"),
+    ('{"a": truf}', "Invalid value. at offset: 9"),
+    ('{"a": 1.}', "Miss fraction part in number. at offset: 8"),
+    ('{"a": 1e+}', "Miss exponent in number. at offset: 9"),
+    ('{"inputs": 1e400}', "Number too big to be stored in double. at offset: 11"),
+    ('{"inputs": [1%s]}' % ("0" * 310), "Number too big to be stored in double."),
+    ('{"inputs": [1%s]}' % ("0" * 5000), "Number too big to be stored in double. at offset: 12"),
+    (b'{"inputs": "\xff"}', "Invalid encoding in string. at offset: 12"),
+    (b'{"inputs": "\xed\xa0\x80"}', "Invalid encoding in string. at offset: 12"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "text"), BROKEN)
 def test_broken_bodies(body, text):
     assert refused(body, x=FLOAT) == f"JSON Parse error: {text}"
 
 
-@pytest.mark.parametrize(
-    ("body", "numbers", "text"),
-    [
-        ("[1]", {"x": INT32}, "JSON Value: [1] Is not object"),
-        ('{"signature_name": 5, "instances": [[1]]}', {"x": INT32},
-         'JSON Value: {\n    "signature_name": 5,\n    "instances": [[1]]\n} '
-         "not formatted correctly. 'signature_name' key must be a string value."),
-        ('{"instances": [[1]], "inputs": [[1]]}', {"x": INT32},
-         'JSON Value: {\n    "instances": [[1]],\n    "inputs": [[1]]\n} '
-         "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist "),
-        ("{}", {"x": INT32}, "Missing 'inputs' or 'instances' key"),
-        ('{"instances": 1}', {"x": INT32},
-         'JSON Value: {\n    "instances": 1\n} Expecting \'instances\' to be an list/array'),
-        ('{"instances": []}', {"x": INT32}, 'JSON Value: {\n    "instances": []\n} No values in \'instances\' array'),
-        ('{"instances": [1, 2]}', {"a": INT32, "b": INT32},
-         "instances is a plain list, but expecting list of objects as multiple "
-         "input tensors required as per tensorinfo_map"),
-        ('{"inputs": [1, 2]}', {"a": INT32, "b": INT32},
-         "inputs is a plain value/list, but expecting an object as multiple "
-         "input tensors required as per tensorinfo_map"),
-        ('{"instances": [{"a": 1}, [1]]}', {"a": INT32}, "Expecting object but got list at item 1 of input list"),
-        ('{"instances": [["a"], {"x": ["b"]}]}', {"x": STRING},
-         "Expecting value/list but got object at item 1 of input list"),
-        ('{"inputs": {"a": 1}}', {"a": INT32, "b": INT32}, "Missing named input: b in 'inputs' object."),
-        ('{"inputs": [[1, 2], [3]]}', {"x": INT32},
-         "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
-        ('{"inputs": [[1, 2], 3]}', {"x": INT32},
-         "JSON Value: 3 found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
-        ('{"inputs": [1, [2]]}', {"x": INT32}, "Encountered list at unexpected level: 1 expected < 1"),
-        ('{"inputs": {"b64": "a*"}}', {"x": STRING}, "Unable to base64 decode"),
-        ('{"inputs": {"b64": "aaaaa"}}', {"x": STRING}, "Unable to base64 decode"),
-        ('{"inputs": [{"b64": "aaaa", "c": 1}]}', {"x": STRING},
-         'JSON Value: {\n    "b64": "aaaa",\n    "c": 1\n} not formatted correctly for base64 data'),
-        ('{"inputs": [{"b64": "aaaa", "b64": "aaaa"}]}', {"x": STRING},
-         'JSON Value: {\n    "b64": "aaaa",\n    "b64": "aaaa"\n} not formatted correctly for base64 data'),
-    ],
-)  # fmt: skip
+BODIES = [
+    ("[1]", {"x": INT32}, "JSON Value: [1] Is not object"),
+    ('{"signature_name": 5, "instances": [[1]]}', {"x": INT32},
+     'JSON Value: {\n    "signature_name": 5,\n    "instances": [[1]]\n} '
+     "not formatted correctly. 'signature_name' key must be a string value."),
+    ('{"instances": [[1]], "inputs": [[1]]}', {"x": INT32},
+     'JSON Value: {\n    "instances": [[1]],\n    "inputs": [[1]]\n} '
+     "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist "),
+    ("{}", {"x": INT32}, "Missing 'inputs' or 'instances' key"),
+    ('{"instances": 1}', {"x": INT32},
+     'JSON Value: {\n    "instances": 1\n} Expecting \'instances\' to be an list/array'),
+    ('{"instances": []}', {"x": INT32}, 'JSON Value: {\n    "instances": []\n} No values in \'instances\' array'),
+    ('{"instances": [1, 2]}', {"a": INT32, "b": INT32},
+     "instances is a plain list, but expecting list of objects as multiple "
+     "input tensors required as per tensorinfo_map"),
+    ('{"inputs": [1, 2]}', {"a": INT32, "b": INT32},
+     "inputs is a plain value/list, but expecting an object as multiple "
+     "input tensors required as per tensorinfo_map"),
+    ('{"instances": [{"a": 1}, [1]]}', {"a": INT32}, "Expecting object but got list at item 1 of input list"),
+    ('{"instances": [["a"], {"x": ["b"]}]}', {"x": STRING},
+     "Expecting value/list but got object at item 1 of input list"),
+    ('{"inputs": {"a": 1}}', {"a": INT32, "b": INT32}, "Missing named input: b in 'inputs' object."),
+    ('{"inputs": [[1, 2], [3]]}', {"x": INT32},
+     "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
+    ('{"inputs": [[1, 2], 3]}', {"x": INT32},
+     "JSON Value: 3 found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
+    ('{"inputs": [1, [2]]}', {"x": INT32}, "Encountered list at unexpected level: 1 expected < 1"),
+    ('{"inputs": {"b64": "a*"}}', {"x": STRING}, "Unable to base64 decode"),
+    ('{"inputs": {"b64": "aaaaa"}}', {"x": STRING}, "Unable to base64 decode"),
+    ('{"inputs": [{"b64": "aaaa", "c": 1}]}', {"x": STRING},
+     'JSON Value: {\n    "b64": "aaaa",\n    "c": 1\n} not formatted correctly for base64 data'),
+    ('{"inputs": [{"b64": "aaaa", "b64": "aaaa"}]}', {"x": STRING},
+     'JSON Value: {\n    "b64": "aaaa",\n    "b64": "aaaa"\n} not formatted correctly for base64 data'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "numbers", "text"), BODIES)
 def test_refused_bodies(body, numbers, text):
     assert refused(body, **numbers) == text
 
 
-@pytest.mark.parametrize(
-    ("rows", "text"),
-    [
-        ("[[1,2],[3,4],[5,6,7]]",
-         "2 of 'instances' list. Error: INVALID_ARGUMENT: Expecting tensor size: 2 but got: 3"),
-        ("[[1,2],[3,4],[[5,6]]]",
-         "2 of 'instances' list. Error: INVALID_ARGUMENT: Expecting shape [2] but got: [1,2]"),
-        ("[1, [1]]", "1 of 'instances' list. Error: INVALID_ARGUMENT: Expecting shape [] but got: [1]"),
-        ('[[1,2],["a", "b"]]',
-         "1 of 'instances' list. Error: INVALID_ARGUMENT: "
-         'JSON Value: "a" Type: String is not of expected type: int32'),
-        ('[{"x": [1, 2, 3, 4]}, {"x": [1, 2]}]',
-         "1 key: x of 'instances' list. Error: INVALID_ARGUMENT: Expecting tensor size: 4 but got: 2"),
-        ('[{"x": 1}, {"x": 1, "c": 2}]',
-         "1 key: c of 'instances' list. Error: INVALID_ARGUMENT: JSON object: does not have named input: c"),
-        ("[[[1, 2], [1]]]", "0 of 'instances' list. Error: INVALID_ARGUMENT: "
-         "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
-    ],
-)  # fmt: skip
+ROWS = [
+    ("[[1,2],[3,4],[5,6,7]]",
+     "2 of 'instances' list. Error: INVALID_ARGUMENT: Expecting tensor size: 2 but got: 3"),
+    ("[[1,2],[3,4],[[5,6]]]",
+     "2 of 'instances' list. Error: INVALID_ARGUMENT: Expecting shape [2] but got: [1,2]"),
+    ("[1, [1]]", "1 of 'instances' list. Error: INVALID_ARGUMENT: Expecting shape [] but got: [1]"),
+    ('[[1,2],["a", "b"]]',
+     "1 of 'instances' list. Error: INVALID_ARGUMENT: "
+     'JSON Value: "a" Type: String is not of expected type: int32'),
+    ('[{"x": [1, 2, 3, 4]}, {"x": [1, 2]}]',
+     "1 key: x of 'instances' list. Error: INVALID_ARGUMENT: Expecting tensor size: 4 but got: 2"),
+    ('[{"x": 1}, {"x": 1, "c": 2}]',
+     "1 key: c of 'instances' list. Error: INVALID_ARGUMENT: JSON object: does not have named input: c"),
+    ("[[[1, 2], [1]]]", "0 of 'instances' list. Error: INVALID_ARGUMENT: "
+     "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "text"), ROWS)
 def test_refused_rows(rows, text):
     assert refused(f'{{"instances": {rows}}}', x=INT32) == f"Failed to process element: {text}"
 
@@ -262,22 +262,22 @@ def test_rows_lack_a_name():
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "number", "kind", "name"),
-    [
-        ('"x"', FLOAT, "String", "float"), ('"1"', FLOAT, "String", "float"), ("true", FLOAT, "True", "float"),
-        ("null", FLOAT, "Null", "float"), ("true", DOUBLE, "True", "double"), ("1.0", INT32, "Number", "int32"),
-        ("false", INT32, "False", "int32"), ("1.0", INT64, "Number", "int64"), ("true", INT64, "True", "int64"),
-        ("null", INT64, "Null", "int64"), ("2147483648", INT32, "Number", "int32"),
-        ("2147483648", INT8, "Number", "int8"), ("-2147483649", UINT8, "Number", "uint8"),
-        ("4294967296", INT16, "Number", "int16"),
-        ("-1", UINT32, "Number", "uint32"), ("4294967296", UINT32, "Number", "uint32"),
-        ("18446744073709551616", UINT64, "Number", "uint64"), ("-1", UINT64, "Number", "uint64"),
-        ("9223372036854775808", INT64, "Number", "int64"), ("1", BOOL, "Number", "bool"),
-        ("1", STRING, "Number", "string"),
-        ("null", STRING, "Null", "string"), ("{}", FLOAT, "Object", "float"), ("null", BOOL, "Null", "bool"),
-    ],
-)  # fmt: skip
+TYPES = [
+    ('"x"', FLOAT, "String", "float"), ('"1"', FLOAT, "String", "float"), ("true", FLOAT, "True", "float"),
+    ("null", FLOAT, "Null", "float"), ("true", DOUBLE, "True", "double"), ("1.0", INT32, "Number", "int32"),
+    ("false", INT32, "False", "int32"), ("1.0", INT64, "Number", "int64"), ("true", INT64, "True", "int64"),
+    ("null", INT64, "Null", "int64"), ("2147483648", INT32, "Number", "int32"),
+    ("2147483648", INT8, "Number", "int8"), ("-2147483649", UINT8, "Number", "uint8"),
+    ("4294967296", INT16, "Number", "int16"),
+    ("-1", UINT32, "Number", "uint32"), ("4294967296", UINT32, "Number", "uint32"),
+    ("18446744073709551616", UINT64, "Number", "uint64"), ("-1", UINT64, "Number", "uint64"),
+    ("9223372036854775808", INT64, "Number", "int64"), ("1", BOOL, "Number", "bool"),
+    ("1", STRING, "Number", "string"),
+    ("null", STRING, "Null", "string"), ("{}", FLOAT, "Object", "float"), ("null", BOOL, "Null", "bool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "number", "kind", "name"), TYPES)
 @pytest.mark.parametrize("first", ["", "good"])
 def test_refused_types(first, value, number, kind, name):
     good = {STRING: '"a", ', BOOL: "true, ", FLOAT: "1.5, ", DOUBLE: "1.5, "}.get(number, "1, ") if first else ""
@@ -285,10 +285,10 @@ def test_refused_types(first, value, number, kind, name):
     assert text == f"JSON Value: {value} Type: {kind} is not of expected type: {name}"
 
 
-@pytest.mark.parametrize(
-    ("number", "name"),
-    [(UINT16, "uint16"), (HALF, "half"), (BFLOAT16, "bfloat16"), (COMPLEX64, "complex64"), (18, "complex128")],
-)
+NOT_READ = [(UINT16, "uint16"), (HALF, "half"), (BFLOAT16, "bfloat16"), (COMPLEX64, "complex64"), (18, "complex128")]
+
+
+@pytest.mark.parametrize(("number", "name"), NOT_READ)
 def test_types_not_read(number, name):
     text = f"Conversion of JSON Value: 1 to type: {name}"
     assert refused('{"inputs": [1]}', grpc.StatusCode.UNIMPLEMENTED, x=number) == text
@@ -404,32 +404,32 @@ def test_examples_without_context():
     assert list(second.float_list.value) == [18446744073709551616.0]
 
 
-@pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        ('{"signature_name": ["hello"], "examples": [{}]}', "'signature_name' key must be a string value."),
-        ('{"context": [{"names": ["foo"]}]}', "Example must be JSON object but got JSON Array"),
-        ('{"context": true}', "Example must be JSON object but got JSON True"),
-        ("{}", "JSON Value: {} When method is classify, key 'examples' is expected and was not found"),
-        ('{"examples": {"names": ["foo"]}}', "Expecting 'examples' value to be an list/array"),
-        ('{"examples": []}', "'examples' value is an empty array"),
-        ('{"examples": [[{"names": ["foo"]}]]}', "Example must be JSON object but got JSON Array"),
-        ('{"examples": [{"names": [10, null]}]}', "Feature: names has element with unexpected JSON type: Null"),
-        ('{"examples": [{"names": [10, 10.0]}]}', "Unexpected element type in feature: names expecting type: int64"),
-        ('{"examples": [{"names": [1.5, true]}]}', "Unexpected element type in feature: names expecting type: float"),
-        ('{"examples": [{"names": ["a", 1]}]}', "Unexpected element type in feature: names expecting type: bytes"),
-        ('{"examples": [{"names": [1, {"b64": "*"}]}]}',
-         "Unexpected element type in feature: names expecting type: int64"),
-        ('{"examples": [{"names": {"b64": "*"}}]}', "Unable to base64 decode"),
-        ('{"examples": [{"names": [10, {"test": 10}]}]}',
-         "Feature: names has element with unexpected JSON type: Object"),
-        ('{"examples": [{"names": [[10], 20]}]}', "Feature: names has element with unexpected JSON type: Array"),
-        ('{"examples": [{"names": [20, 18446744073709551603]}]}',
-         "Feature: names has uint64_t element. Only int64_t is supported."),
-        ('{"examples": [{"names": 1%s}]}' % ("0" * 310), "JSON Parse error: Number too big to be stored in double."),
-        ('{"examples": [', "JSON Parse error: Invalid value. at offset: 14"),
-    ],
-)  # fmt: skip
+EXAMPLES_REFUSED = [
+    ('{"signature_name": ["hello"], "examples": [{}]}', "'signature_name' key must be a string value."),
+    ('{"context": [{"names": ["foo"]}]}', "Example must be JSON object but got JSON Array"),
+    ('{"context": true}', "Example must be JSON object but got JSON True"),
+    ("{}", "JSON Value: {} When method is classify, key 'examples' is expected and was not found"),
+    ('{"examples": {"names": ["foo"]}}', "Expecting 'examples' value to be an list/array"),
+    ('{"examples": []}', "'examples' value is an empty array"),
+    ('{"examples": [[{"names": ["foo"]}]]}', "Example must be JSON object but got JSON Array"),
+    ('{"examples": [{"names": [10, null]}]}', "Feature: names has element with unexpected JSON type: Null"),
+    ('{"examples": [{"names": [10, 10.0]}]}', "Unexpected element type in feature: names expecting type: int64"),
+    ('{"examples": [{"names": [1.5, true]}]}', "Unexpected element type in feature: names expecting type: float"),
+    ('{"examples": [{"names": ["a", 1]}]}', "Unexpected element type in feature: names expecting type: bytes"),
+    ('{"examples": [{"names": [1, {"b64": "*"}]}]}',
+     "Unexpected element type in feature: names expecting type: int64"),
+    ('{"examples": [{"names": {"b64": "*"}}]}', "Unable to base64 decode"),
+    ('{"examples": [{"names": [10, {"test": 10}]}]}',
+     "Feature: names has element with unexpected JSON type: Object"),
+    ('{"examples": [{"names": [[10], 20]}]}', "Feature: names has element with unexpected JSON type: Array"),
+    ('{"examples": [{"names": [20, 18446744073709551603]}]}',
+     "Feature: names has uint64_t element. Only int64_t is supported."),
+    ('{"examples": [{"names": 1%s}]}' % ("0" * 310), "JSON Parse error: Number too big to be stored in double."),
+    ('{"examples": [', "JSON Parse error: Invalid value. at offset: 14"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "text"), EXAMPLES_REFUSED)
 def test_refused_examples(body, text):
     with pytest.raises(RefusedError) as error:
         rest_json.read_examples(body.encode())
@@ -514,18 +514,18 @@ def test_strings_need_not_be_utf8():
     assert rest_json.write_predict({"x": np.array([b"\xff\xfe"], object)}, row=True) == text
 
 
-@pytest.mark.parametrize(
-    ("dtype", "value", "text"),
-    [
-        (np.float32, 9000000, "9e+06"), (np.float32, 999999, "999999.0"), (np.float32, 0.5, "0.5"),
-        (np.float32, 0.0003, "0.0003"), (np.float32, 0.00003, "3e-05"), (np.float32, 555557.5, "555557.5"),
-        (np.float32, 0.2, "0.2"), (np.float32, 1 / 3, "0.333333343"), (np.float32, 1234567, "1234567.0"),
-        (np.float32, -0.0, "-0.0"), (np.float32, math.nan, "NaN"), (np.float32, math.inf, "Infinity"),
-        (np.float32, -math.inf, "-Infinity"), (np.float32, 3.4028235e38, "3.40282347e+38"),
-        (np.float64, 0.1, "0.1"), (np.float64, 1 / 3, "0.33333333333333331"), (np.float64, 1e300, "1e+300"),
-        (np.float64, 12345678901234567, "12345678901234568.0"), (np.float64, math.nan, "NaN"),
-    ],
-)  # fmt: skip
+DECIMALS = [
+    (np.float32, 9000000, "9e+06"), (np.float32, 999999, "999999.0"), (np.float32, 0.5, "0.5"),
+    (np.float32, 0.0003, "0.0003"), (np.float32, 0.00003, "3e-05"), (np.float32, 555557.5, "555557.5"),
+    (np.float32, 0.2, "0.2"), (np.float32, 1 / 3, "0.333333343"), (np.float32, 1234567, "1234567.0"),
+    (np.float32, -0.0, "-0.0"), (np.float32, math.nan, "NaN"), (np.float32, math.inf, "Infinity"),
+    (np.float32, -math.inf, "-Infinity"), (np.float32, 3.4028235e38, "3.40282347e+38"),
+    (np.float64, 0.1, "0.1"), (np.float64, 1 / 3, "0.33333333333333331"), (np.float64, 1e300, "1e+300"),
+    (np.float64, 12345678901234567, "12345678901234568.0"), (np.float64, math.nan, "NaN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "value", "text"), DECIMALS)
 def test_decimals(dtype, value, text):
     body = rest_json.write_predict({"x": np.array([3, value], dtype)}, row=True).decode()
     assert body == f'{{\n    "predictions": [3.0, {text}\n    ]\n}}'

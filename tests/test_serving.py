@@ -5,16 +5,14 @@ The same tests run against a real one: see tests/serving_models.py.
 
 import base64
 import gzip
-import http.client
 import json
-import os
 import socket
 
 import grpc
 import numpy as np
 import pytest
-import serving_models
 import tensorflow as tf
+from conftest import REAL
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tensorflow_serving.apis import (
@@ -23,63 +21,10 @@ from tensorflow_serving.apis import (
     get_model_status_pb2,
     inference_pb2,
     model_management_pb2,
-    model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
     regression_pb2,
 )
-
-from shared.serving.flags import Flags
-from shared.serving.server import Server
-
-REAL = os.environ.get("TF_SERVING_ADDRESS", "")
-
-
-@pytest.fixture(scope="module")
-def addresses(tmp_path_factory):
-    """Where a server answers over gRPC and over REST."""
-    if REAL:
-        yield REAL, os.environ["TF_SERVING_REST"]
-        return
-    root = tmp_path_factory.mktemp("models")
-    serving_models.write(root)
-    flags = Flags(model_config_file=str(root / "models.config"), port=-1, rest_api_port=-1,
-                  file_system_poll_wait_seconds=0)  # fmt: skip
-    with Server(flags) as server:
-        yield server.address, server.rest_address
-
-
-@pytest.fixture(scope="module")
-def channel(addresses):
-    with grpc.insecure_channel(addresses[0]) as channel:
-        yield channel
-
-
-@pytest.fixture(scope="module")
-def prediction(channel):
-    return prediction_service_pb2_grpc.PredictionServiceStub(channel)
-
-
-@pytest.fixture(scope="module")
-def service(channel):
-    return model_service_pb2_grpc.ModelServiceStub(channel)
-
-
-@pytest.fixture
-def rest(addresses):
-    """Ask over HTTP: (status, headers, body)."""
-    host, _, port = addresses[1].rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
-
-    def ask(method, path, body=None, **headers):
-        if body is not None and not isinstance(body, bytes | str):
-            body = json.dumps(body)
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read()
-
-    yield ask
-    connection.close()
 
 
 def refused(call, *arguments, **named):
