@@ -276,10 +276,10 @@ class Grpc:
 
     def _infer(self, data: bytes, stages: Stages, until: float | None) -> bytes:
         request = protocol.MultiInferenceRequest.FromString(data)
-        if not request.tasks or not request.tasks[0].HasField("model_spec"):
-            raise invalid("Missing ModelSpec")
-        stages.model = self._core.models.known(request.tasks[0].model_spec.name)
-        servable = self._core.models.find(request.tasks[0].model_spec)
+        # The first task's; as in TensorFlow Serving, where there is none, what is missing is the name.
+        spec = request.tasks[0].model_spec if request.tasks else protocol.ModelSpec()
+        stages.model = self._core.models.known(spec.name)
+        servable = self._core.models.find(spec)
         return self._core.inference.infer(servable, request, stages, until).SerializeToString()
 
     def _metadata(self, data: bytes, stages: Stages, until: float | None) -> bytes:
