@@ -107,7 +107,7 @@ class Servable:
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
         for key, definition in self.definitions.items():
-            if key.startswith("__") or not _takes_arrays(definition):
+            if key.startswith("__") or not definition.outputs or not _takes_arrays(definition):
                 continue
             feeds, _, _, fetches = self._callables[key] = _plan(definition)
             self._callables[feeds, fetches] = self._callable(feeds, fetches)  # no first request waits for it
