@@ -162,7 +162,7 @@ def addresses(request):
 
     config = request.getfixturevalue("contract") / "models.config"
     flags = Flags(model_config_file=str(config), port=-1, rest_api_port=-1, file_system_poll_wait_seconds=0,
-                  allow_version_labels_for_unavailable_models=True)  # fmt: skip
+                  max_num_load_retries=0, allow_version_labels_for_unavailable_models=True)  # fmt: skip
     with Server(flags) as server:
         yield server.address, server.rest_address
 

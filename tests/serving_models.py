@@ -5,10 +5,10 @@ With them a real TensorFlow Serving takes the same tests:
     tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \
         --enable_grpc_healthcheck_service --allow_version_labels_for_unavailable_models
     TF_SERVING_ADDRESS=127.0.0.1:8500 TF_SERVING_REST=127.0.0.1:8501 \
-        pytest tests/test_serving.py tests/test_rest_table.py tests/test_round_trip.py
+        pytest tests/test_serving.py tests/test_lookup.py tests/test_rest_table.py tests/test_round_trip.py
 
-Without TF_SERVING_REST what is asked over REST is skipped. What is ours alone (flags, batching's and metrics' own
-servers) is in other files, which start the server that they ask.
+Without TF_SERVING_REST what is asked over REST is skipped. What is ours alone (flags, batching,
+metrics) is in other files, which start the server that they ask.
 """
 
 import sys
@@ -96,6 +96,10 @@ class Judge(tf.Module):
     def three(self, inputs):
         return {"classes": self.names, "scores": self._read(inputs), "what": self._read(inputs)}
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
+    def none(self, inputs):
+        return {}
+
 
 class Uneven(tf.Module):
     """Outputs that no row of an answer can hold, each for another reason."""
@@ -148,7 +152,7 @@ def write(root: Path) -> None:
     judge = Judge()
     save(judge, root / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress,
                                        "scores": judge.scores, "others": judge.others,
-                                       "three": judge.three})  # fmt: skip
+                                       "three": judge.three, "none": judge.none})  # fmt: skip
     uneven = Uneven()
     save(uneven, root / "uneven" / "1",
          {"serving_default": uneven.__call__, "scalar": uneven.scalar, "nothing": uneven.nothing,
