@@ -25,7 +25,7 @@ from shared.serving.protocol import (
     ModelSpec,
     message,
 )
-from shared.serving.refusal import RefusedError, invalid
+from shared.serving.refusal import LoadError, RefusedError, invalid
 from shared.serving.servable import Servable
 
 START, LOADING, AVAILABLE, UNLOADING, END = 10, 20, 30, 40, 50  # ModelVersionStatus.State
@@ -42,6 +42,7 @@ class Version:
     state: int = START
     servable: Servable | None = None
     failed: str = ""
+    code: grpc.StatusCode = grpc.StatusCode.OK  # of what failed
     tries: int = 0
     again_at: float = 0.0  # when a load that failed is tried again
 
@@ -159,7 +160,7 @@ class Models:
             version = reply.model_version_status.add(version=number, state=versions[number].state)
             version.status.SetInParent()
             if versions[number].failed:
-                version.status.error_code = 2  # UNKNOWN, as TensorFlow Serving has it for a failed load
+                version.status.error_code = versions[number].code.value[0]
                 version.status.error_message = versions[number].failed
         return reply
 
@@ -292,6 +293,7 @@ class Models:
         except Exception as error:  # whatever a model does while it loads, the server goes on
             with self._lock:
                 version.failed = str(error)
+                version.code = error.code if isinstance(error, LoadError) else grpc.StatusCode.UNKNOWN
                 if version.tries <= self._retries and version.number in model.aspired:
                     version.again_at = time.monotonic() + self._retry_seconds
                 else:
@@ -366,7 +368,7 @@ class Models:
                     # Word for word TensorFlow Serving's: at the start servables are awaited, after that models.
                     text = f"{len(failed)} {'servable' if names is None else 'model'}(s) did not become available: {{"
                     for name, version in failed.items():
-                        why = f" due to error: UNKNOWN: {version.failed}" if version.failed else ""
+                        why = f" due to error: {version.code.name}: {version.failed}" if version.failed else ""
                         text += f"{{{{name: {name} version: {version.number}}}{why}}}, "
                     raise RefusedError(grpc.StatusCode.UNKNOWN, text + "}")
                 if all(model.polled and model.aspired and model.latest for model in models.values()):

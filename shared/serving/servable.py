@@ -28,7 +28,7 @@ from shared.serving import tensors
 from shared.serving.flags import processors
 from shared.serving.protocol import PredictionLog, SavedModel, SignatureDef, type_name
 from shared.serving.records import records
-from shared.serving.refusal import RefusedError, invalid
+from shared.serving.refusal import LoadError, RefusedError, invalid
 
 DEFAULT = "serving_default"
 VARIABLES = {"VarHandleOp", "VariableV2", "Variable"}  # operations
@@ -80,13 +80,14 @@ class Servable:
         Where it is `limited`, a run is broken off when its request's time is over.
 
         Raises:
-            ValueError: the folder holds no SavedModel that can be loaded; says why.
+            LoadError: the folder holds no SavedModel that can be loaded; says why.
         """
         self.name, self.version, self.folder = name, version, folder
         self.batching: Any = None
         self._limited = limited
         if not (folder / "saved_model.pb").exists() and not (folder / "saved_model.pbtxt").exists():
-            raise ValueError(f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {folder}")
+            text = f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {folder}"
+            raise LoadError(grpc.StatusCode.NOT_FOUND, text)
         settings = tf.compat.v1.ConfigProto(
             intra_op_parallelism_threads=threads[0], inter_op_parallelism_threads=threads[1], allow_soft_placement=True
         )
@@ -95,7 +96,7 @@ class Servable:
             self.definitions = _load(self._session, folder, set(tags))
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, tf.errors.OpError) as error:
             self._session.close()
-            raise ValueError(f"{folder} cannot be loaded: {error}") from error
+            raise LoadError(_code(error), f"{folder} cannot be loaded: {error}") from error
         # Without a hand-over to the pool between operations: the request's own thread runs them all.
         self._pool = 0 if threads[1] else -1
         self._callables: dict[Any, Any] = {}
@@ -259,7 +260,7 @@ class Servable:
         """The requests in the version's warm-up file; none where there is no such file.
 
         Raises:
-            ValueError: there are more than TensorFlow Serving takes, or one is of a kind that it refuses.
+            LoadError: there are more than TensorFlow Serving takes, or the file cannot be read.
         """
         path = self.folder / "assets.extra" / "tf_serving_warmup_requests"
         if not path.exists():
@@ -269,9 +270,10 @@ class Servable:
             for record in records(path):
                 logs.append(PredictionLog.FromString(record))
                 if len(logs) > MOST_WARM_UPS:
-                    raise ValueError(f"Number of warmup records exceeds the maximum ({MOST_WARM_UPS}) at {path}")
+                    text = f"Number of warmup records exceeds the maximum ({MOST_WARM_UPS}) at {path}"
+                    raise LoadError(grpc.StatusCode.INVALID_ARGUMENT, text)
         except (OSError, DecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise LoadError(grpc.StatusCode.INVALID_ARGUMENT, f"{path} cannot be read: {error}") from error
         return logs
 
 
@@ -285,6 +287,13 @@ def _scalar(value) -> np.ndarray:
     return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
 
 
+def _code(error: Exception) -> grpc.StatusCode:
+    """The canonical status of what a load failed with."""
+    if isinstance(error, LoadError):
+        return error.code
+    return STATUS.get(getattr(error, "error_code", None), grpc.StatusCode.UNKNOWN)
+
+
 def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[str, SignatureDef]:
     """Load a SavedModel into a session, its operations' libraries first; return its signatures."""
     binary = folder / "saved_model.pb"
@@ -292,10 +301,11 @@ def _load(session: tf.compat.v1.Session, folder: Path, tags: set[str]) -> dict[s
         try:
             saved = SavedModel.FromString(binary.read_bytes())
         except DecodeError as error:
-            raise ValueError(f"Can't parse {binary} as binary proto") from error
+            raise LoadError(grpc.StatusCode.DATA_LOSS, f"Can't parse {binary} as binary proto") from error
         graphs = [graph for graph in saved.meta_graphs if set(graph.meta_info_def.tags) == tags]
         if not graphs:
-            raise ValueError(f"Could not find meta graph def matching supplied tags: {{ {' '.join(sorted(tags))} }}")
+            text = f"Could not find meta graph def matching supplied tags: {{ {' '.join(sorted(tags))} }}"
+            raise LoadError(grpc.StatusCode.NOT_FOUND, text)
         definitions = {key: SignatureDef.FromString(value.SerializeToString())
                        for key, value in graphs[0].signature_def.items()}  # fmt: skip
         operations = {node.op for node in graphs[0].graph_def.node}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 from google.protobuf import text_format
 
 from shared.serving import batching, protocol, tensors, tls
@@ -22,7 +23,7 @@ from shared.serving.gate import Gate, Recorder
 from shared.serving.grpc_transport import Grpc
 from shared.serving.inference import Inference, Stages
 from shared.serving.models import Models
-from shared.serving.refusal import RefusedError
+from shared.serving.refusal import LoadError, RefusedError
 from shared.serving.rest import Rest
 from shared.serving.servable import DEFAULT, Servable
 from shared.serving.watching import Metrics
@@ -159,7 +160,7 @@ class Server:
         return servable
 
     def _warm_up(self, servable: Servable) -> int:
-        """Run a version's recorded requests; return how many. ValueError where one fails: the version is bad."""
+        """Run a version's recorded requests; return how many. LoadError where one fails: the version is bad."""
         inference, logs = Inference(None), servable.warm_ups()
         for position, record in enumerate(logs):
             kind = record.WhichOneof("log_type")
@@ -176,11 +177,13 @@ class Server:
                         inference.regress(servable, record.regress_log.request, Stages("Warmup"))
                     elif kind == "multi_inference_log":
                         inference.infer(servable, record.multi_inference_log.request, Stages("Warmup"))
-                    else:
-                        raise ValueError(f"Unsupported log_type for warmup: {kind}")
+                    elif kind is not None:  # an empty record does nothing, in TensorFlow Serving neither
+                        text = f"Unsupported log_type for warmup: {kind}"
+                        raise RefusedError(grpc.StatusCode.UNIMPLEMENTED, text)
             except (RefusedError, ValueError) as error:
+                code = error.code if isinstance(error, RefusedError) else grpc.StatusCode.INVALID_ARGUMENT
                 text = f"{servable.folder} cannot be loaded: warm-up request {position} fails: {error}"
-                raise ValueError(text) from error
+                raise LoadError(code, text) from error
         return len(logs)
 
     # What changes while the server runs.
