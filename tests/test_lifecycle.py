@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import logging
 import os
 import re
@@ -654,3 +655,137 @@ def test_a_refused_request_does_not_keep_its_version(base, versions, batching):
             until(lambda: states(client) == {2: "AVAILABLE", 1: "END"}, seconds=5)
         finally:
             gc.enable()
+
+
+def test_of_two_names_of_one_version_the_last_counts(base, versions, caplog):
+    shutil.copytree(versions / "2", base / "001")  # before "1" in the order of names
+    with Server(Flags(models=str(base.parent), **FAST)) as server, Client(server.address) as client:
+        assert states(client) == {1: "AVAILABLE"}
+        assert answer(client, version=1) == 1
+    assert f"{base / '001'} and {base / '1'} are one version; the second counts" in caplog.text
+
+
+def labelled(base, **labels):
+    """A configuration of all versions of a model with these labels."""
+    found = "".join(f' version_labels {{ key: "{label}" value: {number} }}' for label, number in labels.items())
+    return config(base, "model_version_policy { all {} }" + found)
+
+
+def test_labels_of_versions_that_are_not_there(base, versions, tmp_path, caplog):
+    """Where it is allowed a new label waits for its version; one in use moves only to a version that answers."""
+    publish(versions, base, 2)
+    path = tmp_path / "config"
+    path.write_text(labelled(base, stable=1, next=3))
+    flags = Flags(model_config_file=str(path), model_config_file_poll_wait_seconds=0.05, rest_api_port=-1,
+                  allow_version_labels_for_unavailable_models=True, **FAST)  # fmt: skip
+    with (
+        Server(flags) as server,
+        Client(server.address, retries=0) as client,
+        Client(f"http://{server.rest_address}", retries=0) as rest,
+    ):
+        until(lambda: set(server.core.models.served()["affine"]) == {1, 2})
+        for one in (client, rest):
+            assert answer(one, label="stable") == 1
+            with pytest.raises(ServerError, match=r"NOT_FOUND: Servable not found for request: Specific\(affine, 3\)"):
+                answer(one, label="next")
+        path.write_text(labelled(base, stable=4, next=3))
+        until(lambda: "not taken: Request to assign label to version 4 of model affine, which is not" in caplog.text)
+        assert answer(rest, label="stable") == 1
+        publish(versions, base, 3)
+        until(lambda: 3 in server.core.models.served()["affine"])
+        path.write_text(labelled(base, stable=3, next=5))  # `next` is in use too, so nothing is taken
+        until(lambda: "not taken: Request to assign label to version 5 of model affine" in caplog.text)
+        path.write_text(labelled(base, stable=3, later=5))
+        until(lambda: answer(client, label="stable") == 3)
+        assert answer(rest, label="stable") == 3
+        with pytest.raises(ServerError, match=r"Specific\(affine, 5\)"):
+            answer(rest, label="later")
+        with pytest.raises(ServerError, match="INVALID_ARGUMENT: Unrecognized servable version label: next"):
+            answer(rest, label="next")
+
+
+def spoil_graph(folder):
+    (folder / "saved_model.pb").write_bytes(b"nonsense")
+
+
+def spoil_warm_up(folder):
+    import tensorflow as tf
+
+    (folder / "assets.extra").mkdir()
+    log = protocol.PredictionLog()
+    log.predict_log.request.model_spec.signature_name = "none"
+    with tf.io.TFRecordWriter(str(folder / "assets.extra" / "tf_serving_warmup_requests")) as writer:
+        writer.write(log.SerializeToString())
+
+
+FAILED = {
+    "nothing": (None, 5, "NOT_FOUND", "Could not find SavedModel .pb or .pbtxt at supplied export directory path: "),
+    "graph": (spoil_graph, 15, "DATA_LOSS", "as binary proto"),
+    "warm-up": (spoil_warm_up, 9, "FAILED_PRECONDITION", 'Serving signature key "none" not found.'),
+}
+
+
+@pytest.mark.parametrize(("spoil", "code", "name", "text"), FAILED.values(), ids=FAILED.keys())
+def test_the_status_of_a_failed_load_says_why_until_it_comes_back(base, versions, caplog, spoil, code, name, text):
+    bad = base / "2"
+    flags = Flags(models=str(base.parent), rest_api_port=-1, **FAST)
+    with (
+        Server(flags) as server,
+        Client(server.address, retries=0) as client,
+        caplog.at_level(logging.CRITICAL, "cornucopia.serve"),
+    ):
+
+        def status(number):
+            (one,) = server.core.models.status(specific(number)).model_version_status
+            return one.state, one.status.error_code
+
+        def specific(number):
+            spec = protocol.ModelSpec(name="affine")
+            spec.version.value = number
+            return spec
+
+        if spoil:
+            part = base / ".part"
+            shutil.copytree(versions / "2", part)
+            spoil(part)
+            part.rename(bad)
+        else:
+            bad.mkdir()
+        until(lambda: states(client).get(2) == "END")
+        assert status(2) == (50, code)
+        assert status(1) == (30, 0)
+        with urllib.request.urlopen(f"http://{server.rest_address}/v1/models/affine/versions/2", timeout=10) as reply:
+            (found,) = json.loads(reply.read())["model_version_status"]
+        assert (found["state"], found["status"]["error_code"]) == ("END", name)
+        assert text in found["status"]["error_message"]
+        # It has left, and what comes back under its number is tried.
+        shutil.rmtree(bad)
+        publish(versions, base, 3)
+        until(lambda: answer(client) == 3)
+        assert states(client)[2] == "END"
+        publish(versions, base, 2)
+        (base / "3").rename(base / ".away")
+        until(lambda: answer(client) == 2)
+        assert status(2) == (30, 0)
+
+
+def test_examples_are_counted(tmp_path):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    judge = serving_models.Judge()
+    serving_models.save(judge, tmp_path / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress})
+    with Server(Flags(models=str(tmp_path), rest_api_port=-1, **FAST)) as server:
+        for address in (server.address, f"http://{server.rest_address}"):
+            with Client(address) as client:
+                client.classify("judge", [{"x": 1.0}, {"x": 2.0}, {"x": 3.0}])
+                client.regress("judge", [{"x": 1.0}], signature="regress")
+        url = f"http://{server.rest_address}/monitoring/prometheus/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            text = reply.read().decode()
+    samples = {(one.name, one.labels.get("le")): one.value
+               for family in text_string_to_metric_families(text) for one in family.samples
+               if one.labels.get("model") == "judge"}  # fmt: skip
+    name = ":tensorflow:serving:request_example_count"
+    assert samples[f"{name}s_count", None] == 4  # requests, by how many examples they had
+    assert samples[f"{name}s_sum", None] == samples[f"{name}_total", None] == 8
+    assert [samples[f"{name}s_bucket", limit] for limit in ("1", "2", "4")] == [2, 2, 4]
