@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import serving_models
 import tensorflow as tf
 from conftest import until
 
-from shared.serving import flags, load, profiling, protocol, rest, server
+from shared.serving import flags, inference, load, profiling, protocol, rest, server, tensors
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags, parse
 from shared.serving.gate import Recorder
@@ -606,3 +607,88 @@ def test_every_flag_is_told_in_the_help(cornucopia):
     told = cornucopia("serve", "--help").stdout
     for name in flags.Flags.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in told
+
+
+# Warm-up records of every kind.
+
+
+def warm_up_log(kind):
+    """A record, as TensorFlow Serving reads it; of a kind that it refuses too."""
+    log = protocol.PredictionLog()
+    request = getattr(log, f"{kind}_log").request
+    if kind == "predict":
+        example = tf.train.Example().SerializeToString()
+        request.inputs["inputs"].CopyFrom(tensors.to_proto(np.array([example], object)))
+    elif kind in ("classify", "regress", "multi_inference"):
+        request.input.example_list.examples.add()
+        for name in ("classify", "regress") if kind == "multi_inference" else ():
+            task = request.tasks.add(method_name=f"tensorflow/serving/{name}")
+            task.model_spec.name, task.model_spec.signature_name = "judge", name
+        if kind != "multi_inference":
+            request.model_spec.signature_name = kind
+    elif kind == "predict_streamed":
+        request.add()
+    else:
+        request.feed.add(name="x")
+    return log
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A saved version of a model that classifies and regresses."""
+    root = tmp_path_factory.mktemp("judge")
+    module = serving_models.Judge()
+    signatures = {"serving_default": module.classify, "classify": module.classify, "regress": module.regress}
+    serving_models.save(module, root / "1", signatures)
+    return root / "1"
+
+
+def warmed(judge, root, logs, **changes):
+    """A server of that model with these warm-up records."""
+    shutil.copytree(judge, root / "judge" / "1")
+    (root / "judge" / "1" / "assets.extra").mkdir()
+    with tf.io.TFRecordWriter(str(root / "judge" / "1" / "assets.extra" / "tf_serving_warmup_requests")) as writer:
+        for log in logs:
+            writer.write(log.SerializeToString())
+    return serving(root, rest_api_port=-1, **changes)
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["predict", "classify", "regress", "multi_inference"])
+def test_warm_up_records_are_run(judge, tmp_path, monkeypatch, kind, times):
+    asked = []
+    for name in ("predict", "classify", "regress", "infer"):
+        run = getattr(inference.Inference, name)
+        monkeypatch.setattr(
+            inference.Inference, name, lambda *given, run=run, name=name: asked.append(name) or run(*given)
+        )
+    with warmed(judge, tmp_path, [warm_up_log(kind)] * 2, num_request_iterations_for_warmup=times) as one:
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    assert asked == ["infer" if kind == "multi_inference" else kind] * 2 * max(1, times)
+    assert ':model_warmup_latency_count{model_path="judge",status="OK"} 1' in text
+
+
+@pytest.mark.parametrize("kind", ["predict_streamed", "session_run"])
+def test_warm_up_records_that_no_server_runs(judge, tmp_path, kind):
+    text = f"warm-up request 1 fails: Unsupported log_type for warmup: {kind}_log"
+    with pytest.raises(ValueError, match=f"due to error: UNIMPLEMENTED: .*{text}"):
+        warmed(judge, tmp_path, [warm_up_log("classify"), warm_up_log(kind)])
+
+
+@pytest.mark.parametrize("count", [1000, 1001])
+def test_as_many_warm_up_records_as_tensorflow_serving_takes(judge, tmp_path, count):
+    logs = [protocol.PredictionLog()] * count  # empty ones do nothing
+    if count == 1000:
+        with warmed(judge, tmp_path, logs) as one, Client(one.address) as client:
+            assert client.regress("judge", [{"x": 2.0}], signature="regress") == [4.0]
+        return
+    with pytest.raises(ValueError, match=r"INVALID_ARGUMENT: Number of warmup records exceeds the maximum \(1000\) at"):
+        warmed(judge, tmp_path, logs)
+
+
+def test_a_warm_up_record_of_examples_that_is_refused_fails_the_version(judge, tmp_path):
+    log = warm_up_log("regress")
+    log.regress_log.request.model_spec.signature_name = "none"
+    text = "INVALID_ARGUMENT: .*warm-up request 0 fails: No signature was found with the name: none"
+    with pytest.raises(ValueError, match=text):
+        warmed(judge, tmp_path, [log])
