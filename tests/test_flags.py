@@ -21,7 +21,7 @@ import serving_models
 import tensorflow as tf
 from conftest import until
 
-from shared.serving import flags, inference, load, profiling, protocol, rest, server, tensors
+from shared.serving import flags, grpc_transport, inference, load, profiling, protocol, rest, server, tensors
 from shared.serving.client import Client, ServerError
 from shared.serving.flags import Flags, parse
 from shared.serving.gate import Recorder
@@ -692,3 +692,112 @@ def test_a_warm_up_record_of_examples_that_is_refused_fails_the_version(judge, t
     text = "INVALID_ARGUMENT: .*warm-up request 0 fails: No signature was found with the name: none"
     with pytest.raises(ValueError, match=text):
         warmed(judge, tmp_path, [log])
+
+
+# Flags whose effect no other test shows.
+
+# Of tensorflow_serving/model_servers/main.cc, in its order.
+UPSTREAM = """
+    port grpc_socket_path rest_api_port rest_api_num_threads rest_api_timeout_in_ms rest_api_enable_cors_support
+    enable_batching allow_version_labels_for_unavailable_models batching_parameters_file
+    enable_per_model_batching_parameters model_config_file model_config_file_poll_wait_seconds model_name
+    model_base_path num_load_threads num_unload_threads max_num_load_retries load_retry_interval_micros
+    file_system_poll_wait_seconds flush_filesystem_caches tensorflow_session_parallelism
+    tensorflow_session_config_file tensorflow_intra_op_parallelism tensorflow_inter_op_parallelism
+    use_alts_credentials ssl_config_file platform_config_file per_process_gpu_memory_fraction saved_model_tags
+    grpc_channel_arguments grpc_max_threads enable_model_warmup num_request_iterations_for_warmup version
+    monitoring_config_file remove_unused_fields_from_bundle_metagraph prefer_tflite_model num_tflite_pools
+    num_tflite_interpreters_per_pool enable_signature_method_name_check xla_cpu_compilation_enabled
+    xla_gpu_compilation_enabled enable_profiler thread_pool_factory_config_file mixed_precision
+    skip_initialize_tpu enable_grpc_healthcheck_service enable_serialization_as_tensor_content
+"""
+
+
+@pytest.mark.parametrize("name", UPSTREAM.split())
+def test_every_flag_of_tensorflow_serving_is_taken(name):
+    if name in flags.INERT:
+        found, warnings = parse([f"--{name}=1"])
+        assert (found, warnings) == (Flags(), [f"--{name} has no effect: {flags.INERT[name]}"])
+        return
+    kind = type(getattr(Flags(), name))
+    # A value that contradicts no other flag, and that the flag does not have without it.
+    beside = ["--enable_batching=true"] if name == "batching_parameters_file" else []
+    given = "7" if kind in (int, float) else str(not getattr(Flags(), name)).lower() if kind is bool else "x"
+    found, warnings = parse([f"--{name}={given}", *beside])
+    assert warnings == []
+    assert getattr(found, name) == (given == "true" if kind is bool else kind(given))
+
+
+def test_no_flag_is_inert_that_tensorflow_serving_does_not_have():
+    assert set(flags.INERT) <= set(UPSTREAM.split())
+
+
+def test_channel_arguments(tree):
+    """A limit in bytes that gRPC itself keeps, beside an argument that is text."""
+    arguments = "grpc.max_receive_message_length=1000,grpc.primary_user_agent=me"
+    with serving(tree, grpc_channel_arguments=arguments) as one, Client(one.address, retries=0) as client:
+        assert client.predict("affine", X)["y"].shape == (1, 2)
+        with pytest.raises(ServerError, match=r"RESOURCE_EXHAUSTED: .*larger than max \(\d+ vs. 1000\)"):
+            client.predict("affine", {"x": np.ones((500, 2), np.float32)})
+
+
+def test_saved_model_tags(tree, tmp_path):
+    version = tmp_path / "affine" / "1"
+    shutil.copytree(tree / "affine" / "1", version)
+    saved = protocol.SavedModel.FromString((version / "saved_model.pb").read_bytes())
+    saved.meta_graphs[0].meta_info_def.tags[:] = ["serve", "gpu"]
+    (version / "saved_model.pb").write_bytes(saved.SerializeToString())
+    with serving(tmp_path, saved_model_tags="gpu,serve") as one, Client(one.address) as client:
+        assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+    for tags in ("serve", "gpu", "serve,gpu,tpu"):
+        shown = " ".join(sorted(tags.split(",")))
+        with pytest.raises(ValueError, match=f"NOT_FOUND: .*matching supplied tags: {{ {shown} }}"):
+            serving(tmp_path, saved_model_tags=tags)
+
+
+@pytest.mark.parametrize(("own", "rows"), [(True, 2), (False, 1000)])
+def test_batching_parameters_of_a_version(tree, tmp_path, own, rows):
+    """Each version's own hold for it where they are allowed, and what it has none of is the server's."""
+    for name in ("affine", "other"):
+        shutil.copytree(tree / "affine", tmp_path / name)
+    (tmp_path / "affine" / "1" / "batching_params.pbtxt").write_text("max_batch_size { value: 2 }")
+    changes = {"enable_batching": True, "enable_per_model_batching_parameters": own}
+    with serving(tmp_path, **changes) as one, Client(one.address, retries=0) as client:
+        for name, most in (("affine", rows), ("other", 1000)):
+            assert client.predict(name, {"x": np.ones((2, 2), np.float32)})["y"].shape == (2, 2)
+            text = f"Task size {most + 1} is larger than maximum input batch size {most}"
+            with pytest.raises(ServerError, match=text):
+                client.predict(name, {"x": np.ones((most + 1, 2), np.float32)})
+
+
+@pytest.mark.parametrize("over_rest", [False, True])
+@pytest.mark.parametrize("most", [1, 3])
+def test_so_many_threads_answer(tree, monkeypatch, most, over_rest):
+    monkeypatch.setattr(grpc_transport.Pool, "STUCK", most)  # no more are added however long the calls take
+    with serving(tree, grpc_max_threads=most, rest_api_num_threads=most, rest_api_port=-1) as one:
+        lock, now, seen, go = threading.Lock(), [0], [], threading.Event()
+        predict = one.core.inference.predict
+
+        def slow(*arguments):
+            with lock:
+                now[0] += 1
+                seen.append(now[0])
+            with arguments[4].waiting():  # gives its place to another, as far as there may be more
+                go.wait(20)
+            with lock:
+                now[0] -= 1
+            return predict(*arguments)
+
+        monkeypatch.setattr(one.core.inference, "predict", slow)
+        with Client(f"http://{one.rest_address}" if over_rest else one.address, retries=0) as client:
+            asking = [threading.Thread(target=client.predict, args=("affine", X)) for _ in range(5)]
+            for thread in asking:
+                thread.start()
+            until(lambda: len(seen) == most)
+            time.sleep(0.3)  # in which a further thread would take the next call
+            assert max(seen) == most
+            go.set()
+            for thread in asking:
+                thread.join()
+        assert len(seen) == 5
+        assert max(seen) == most
