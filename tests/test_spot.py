@@ -62,13 +62,15 @@ def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucop
             for name in ("up", "down"):
                 sound = word(name, random, rate=48_000)
                 long = np.concatenate([np.zeros(100_000), sound, np.zeros(200_000)])
-                answer = ask(*(packed(samples, 48_000) for samples in (sound, np.stack([sound, sound / 2], -1), long)))
-                assert answer["label"].tolist() == [name.encode()] * 3
+                files = [packed(samples, 48_000) for samples in (sound, np.stack([sound, sound / 2], -1), long)]
+                answer = ask(*files, packed(sound, 48_000, form="<f4"))
+                assert answer["label"].tolist() == [name.encode()] * 4
                 assert (answer["score"] > 0.5).all()
             silence, noise = packed(np.zeros(8_000)), packed(0.1 * random.normal(size=8_000))
             answer = ask(silence, noise, packed(np.zeros(1)))
             assert (answer["score"] < 0.5).all(), answer
-            for content, message in {packed(np.zeros(9), form="<f4"): "Expected 1", noise[:1_000]: "too short"}.items():
+            law = noise[:20] + b"\7" + noise[21:]  # the format code of mu-law
+            for content, message in {law: "has format 7 of 16 bits", noise[:1_000]: "Data too short"}.items():
                 with pytest.raises(ServerError, match=message) as refused:
                     ask(silence, content)
                 assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT

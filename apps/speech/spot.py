@@ -1,6 +1,6 @@
 """Keyword spotting: say which word a short recording holds.
 
-Data      a folder, zip or tar with one sub-folder of WAV files a word (16-bit PCM, any rate and channels); `fsdd`
+Data      a folder, zip or tar with one sub-folder of WAV files a word (any PCM, any rate and channels); `fsdd`
 Model     a residual network over a log-mel spectrogram, trained against noise as one more class
 Endpoint  audio (WAV bytes) -> label, score, the five best labels with their scores; score is low without speech
 """

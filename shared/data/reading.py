@@ -67,4 +67,4 @@ def _reason(content: bytes, error: tf.errors.InvalidArgumentError) -> str:
         return "the file is empty"
     lines = [line.strip() for line in error.message.splitlines()]
     told = [line for line in lines if line and not line.startswith(("[[", "Detected at", "Graph execution", "File "))]
-    return told[-1].split(" [Op:")[0] if told else "cannot be decoded"
+    return told[-1].split(" [Op:")[0].removeprefix("assertion failed: ").strip("[]") if told else "cannot be decoded"
