@@ -170,6 +170,68 @@ def test_pitch_and_speed_move_what_they_say():
     assert lengths.min() < 0.85 * steady < 1.15 * steady < lengths.max()
 
 
+def test_shift_moves_by_at_most_what_it_says():
+    time = np.arange(8_000) / 8_000
+    wave = np.where((time > 0.4) & (time < 0.6), np.sin(2 * np.pi * 1_000 * time), 0).astype(np.float32)
+    spectrum = spot.power(QUIET, tf.constant(np.stack([wave] * 256)))
+    config = dataclasses.replace(QUIET, shift=0.1)
+    moved = np.sum(spot._warped(config, spectrum, spot.Dice(1, 1)), -1)  # [recording, frame], 10 ms apart
+    frames = np.arange(moved.shape[1])
+    still = np.sum(spectrum, -1)[0] @ frames / np.sum(spectrum, -1)[0].sum()
+    seconds = (moved @ frames / moved.sum(-1) - still) / 100
+    assert -0.1 <= seconds.min() < -0.09
+    assert 0.09 < seconds.max() <= 0.1
+    assert abs(seconds.mean()) < 0.015  # 4.2 standard errors
+
+
+def test_noise_lies_below_the_voice_as_far_as_it_says():
+    random = np.random.default_rng(1)
+    voices, others = (
+        (random.uniform(0.01, 1, (1_000, 1)) * random.uniform(-1, 1, (1_000, 400))).astype("f4") for _ in range(2)
+    )
+    config = dataclasses.replace(QUIET, noise=0.5)
+    added = spot._noised(config, voices, others, spot.Dice(1, 1)).numpy() - voices
+    noisy = np.abs(added).max(-1) > 0
+    assert 0.43 < noisy.mean() < 0.57  # 4.4 standard errors
+    added, voices, others = added[noisy], voices[noisy], others[noisy]
+    below = 20 * np.log10(np.abs(voices).max(-1) / np.abs(added).max(-1))
+    assert 3.9 < below.min() < 5
+    assert 39 < below.max() < 40.1
+    likeness = np.sum(added * others, -1) / (np.linalg.norm(added, axis=-1) * np.linalg.norm(others, axis=-1))
+    np.testing.assert_allclose(likeness, 1, atol=1e-3)  # it is the noise that it was given
+
+
+def test_masks_blank_with_the_mean_as_much_as_they_say():
+    bands = np.random.default_rng(1).normal(size=(500, 97, 40, 1)).astype("f4")
+    masked = spot._masked(dataclasses.replace(QUIET, masks=1), bands, spot.Dice(1, 1)).numpy()[..., 0]
+    blanked = masked != bands[..., 0]
+    times, pitches = blanked.all(2), blanked.all(1)  # [recording, frame], [recording, band]
+    np.testing.assert_array_equal(blanked, times[:, :, None] | pitches[:, None])
+    np.testing.assert_allclose(masked, np.where(blanked, bands.mean((1, 2))[:, None], bands[..., 0]), atol=1e-5)
+    for hidden, most in ((times, 0.15 * 97), (pitches, 0.15 * 40)):
+        widths = hidden.sum(-1)
+        assert most - 2 < widths.max() <= np.ceil(most)
+        assert widths.min() == 0
+        assert (np.abs(np.diff(np.pad(hidden, [(0, 0), (1, 1)]).astype(int))).sum(-1) <= 2).all()  # of one piece
+        assert hidden[:, 1:].any(0).all()  # anywhere but at the first, for which a start of just 0 must be drawn
+    two = spot._masked(dataclasses.replace(QUIET, masks=2), bands, spot.Dice(1, 1)).numpy()[..., 0] != bands[..., 0]
+    assert two.all(2).sum() > 1.5 * times.sum()
+
+
+def test_tilt_colours_all_frames_alike_and_smoothly():
+    bands = np.random.default_rng(1).normal(size=(500, 97, 40, 1)).astype("f4")
+    coloured = spot._masked(dataclasses.replace(QUIET, tilt=0.5), bands, spot.Dice(1, 1))
+    colour = (coloured - bands).numpy()[..., 0]  # [recording, frame, band]
+    np.testing.assert_allclose(colour, np.broadcast_to(colour[:, :1], colour.shape), atol=1e-5)
+    curve = np.cos(np.pi * np.outer([1, 2, 3], np.arange(40)) / 40)
+    weights = colour[:, 0] @ np.linalg.pinv(curve)  # [recording, wave]
+    np.testing.assert_allclose(weights @ curve, colour[:, 0], atol=1e-5)
+    assert (weights.min(0) >= -0.5001).all()
+    assert (weights.max(0) <= 0.5001).all()
+    assert (weights.min(0) < -0.45).all()
+    assert (weights.max(0) > 0.45).all()
+
+
 def test_the_stream_is_a_function_of_the_step():
     splits = spot.load(spot.SMOKE)
     first, again, other = (next(iter(splits.stream(step))) for step in (5, 5, 6))
