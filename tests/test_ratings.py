@@ -1,10 +1,13 @@
 """Readers of ratings, and the metrics of a ranking against numbers worked by hand or by scikit-learn."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sklearn.metrics
 
-from shared.data import ratings
+from shared.data import named, ratings
 from shared.metrics import retrieval
 
 # User 7 takes 30 and 4 at one moment, in this order, after 12, and then 12 again; user 10 takes 4.
@@ -95,3 +98,13 @@ def test_a_constant_earns_nothing_and_nonsense_is_refused():
         retrieval.retrieval(np.array([[np.nan, 1.0]]), np.array([1]), np.ones(2))
     with pytest.raises(ValueError, match="among the excluded"):
         retrieval.retrieval(np.array([[-np.inf, 1.0]]), np.array([0]), np.ones(2))
+
+
+@pytest.mark.skipif(not Path(os.environ.get("CORNUCOPIA_DATA", "/nowhere")).is_dir(), reason="no public data here")
+def test_movielens_has_its_published_size():
+    path = named.find("ml-100k")["u.data"]
+    taken = ratings.read(path)
+    assert (len(taken.user_names), len(taken.item_names), len(taken.items)) == (943, 1_682, 100_000)
+    assert np.diff(taken.starts).min() == 20
+    assert taken.repeated == 0
+    assert set(ratings.titles(path.parent)) == set(taken.item_names)

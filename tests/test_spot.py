@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import os
 import re
 import tarfile
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -134,6 +136,20 @@ def test_folds_are_the_speakers_of_the_file_names(tmp_path, monkeypatch):
         spot._digits.cache_clear()
     assert spot.folds(dataclasses.replace(config, speaker="ann")) is None
     assert spot.folds(spot.Config()) is None
+
+
+@pytest.mark.skipif(not Path(os.environ.get("CORNUCOPIA_DATA", "/nowhere")).is_dir(), reason="no public data here")
+def test_spoken_digits_have_their_published_sizes():
+    config = spot.Config(data="fsdd")
+    recordings, speakers, takes = spot._digits(**spot._form(config))
+    assert recordings.waves.shape == (3_000, 8_000)
+    assert recordings.names == tuple("0123456789")
+    of_each = {(label, speaker) for label in range(10) for speaker in np.unique(speakers)}
+    assert len(of_each) == 60
+    for label, speaker in of_each:
+        assert sorted(takes[(recordings.labels == label) & (speakers == speaker)]) == list(range(50))
+    rows, _ = spot._speakers("", speakers, takes)
+    assert (len(rows["train"]) + len(rows["validation"]), len(rows["test"])) == (2_700, 300)
 
 
 def test_loudness_does_not_matter_but_silence_does():

@@ -6,6 +6,7 @@ import os
 import re
 import time
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -539,6 +540,16 @@ def test_corpus_of_files_folders_and_archives(tmp_path):
     (tmp_path / "blank").write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
         corpus.read(tmp_path / "blank", on_error="fail")
+
+
+@pytest.mark.skipif(not Path(os.environ.get("CORNUCOPIA_DATA", "/nowhere")).is_dir(), reason="no public data here")
+def test_shakespeare_has_its_published_size():
+    config = write.Config(data="tinyshakespeare")
+    text, _ = write._read(config)
+    assert (len(text), len(set(text)), text.count("\n")) == (1_115_394, 65, 40_000)
+    splits = write.load(config)
+    assert "111,540 characters" in splits.about["protocol"]
+    assert sum(int((targets >= 0).numpy().sum()) for _, targets in splits.test) == 111_539  # all but the first
 
 
 def test_data_that_cannot_be_learned_from(tmp_path):
