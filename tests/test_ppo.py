@@ -8,8 +8,10 @@ import types
 
 import grpc
 import gymnasium
+import keras
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 
 from apps.rl import ppo
@@ -201,6 +203,79 @@ def test_continuous_actions_stay_in_their_bounds(cornucopia, serving):
     assert answer["action"].shape == (3, 1)
     assert (np.abs(answer["action"]) <= 2).all()
     assert (answer["deviation"] > 0).all()
+
+
+def test_observations_are_normalised_by_what_was_seen(counting, tmp_path, monkeypatch):
+    changes = {
+        "data": "CountingLimited-v1",
+        "steps": 1_280,
+        "epochs": 1,
+        "runs": str(tmp_path),
+        "saved_models": str(tmp_path),
+    }
+    config = training.begin("rl.ppo", dataclasses.replace(SMALL, **changes, name=""))
+    seen, step = [], ppo.Play.step
+
+    def watched(self, chosen):
+        told = step(self, chosen)
+        if self.count == config.environments:  # those to learn in
+            seen.append(told[0])
+        return told
+
+    splits = ppo.load(config)
+    network = ppo.build(config, splits)
+    monkeypatch.setattr(ppo.Play, "step", watched)
+    ppo.train(config, network, splits)
+    network.save(tmp_path / "model.keras")
+    network = keras.saving.load_model(tmp_path / "model.keras")
+    normal, seen = network.get_layer("normal"), np.concatenate(seen)
+    assert len(seen) == 1_280
+    np.testing.assert_allclose(normal.moving_mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(normal.moving_variance, seen.var(0), rtol=1e-5)
+
+    def served(name):
+        endpoint = ppo.Endpoint(config, network, splits)
+        tf.saved_model.save(endpoint, str(tmp_path / name), signatures=endpoint.signatures)
+        serve = tf.saved_model.load(str(tmp_path / name)).signatures["serving_default"]
+        return serve(observation=tf.constant([[0.0], [1.0], [2.0]]))["value"].numpy()
+
+    first = served("first")
+    mean, variance = normal.moving_mean.numpy(), normal.moving_variance.numpy()
+    normal.moving_mean.assign(mean + 1)  # then 1 is what 0 was
+    np.testing.assert_allclose(served("moved")[1:], first[:2], rtol=1e-4)
+    normal.moving_mean.assign(mean)
+    normal.moving_variance.assign(4 * variance)  # then differences are half of what they were
+    wider = network(mean + 2 * (np.array([[0.0], [1.0], [2.0]], np.float32) - mean))["value"]
+    np.testing.assert_allclose(wider, first, rtol=1e-4)
+    assert np.abs(served("wide") - first).max() > 1e-3 * np.abs(first).max()
+
+
+def test_several_seeds_to_one_result(cornucopia, tmp_path, monkeypatch):
+    flags = ("--seeds=2", "--steps=512", "--epochs=2", "--width=8", "--batch=256", "--environments=4")
+    done = cornucopia("train", "rl.ppo", *flags)
+    assert "test       interquartile mean over 2 trainings by other seeds, each 100 greedy episodes\n" in done.stdout
+    (run,) = (tmp_path / "runs").glob("rl.ppo-*")
+    assert [path.name for path in run.glob("seed-*")] == ["seed-2"]  # the run itself has seed 1
+    report = json.loads((run / "metrics.json").read_text())
+    folds = {name: fold["test"]["return"] for name, fold in report["folds"].items()}
+    assert list(folds) == ["seed-1", "seed-2"]
+    assert folds["seed-1"] != folds["seed-2"]
+    # As rliable.metrics.aggregate_iqm: scipy.stats.trim_mean(scores, proportiontocut=0.25, axis=None).
+    expected = scipy.stats.trim_mean(list(folds.values()), proportiontocut=0.25, axis=None)
+    assert report["test"]["return"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert ppo.folds(dataclasses.replace(SMALL, seeds=4)).statistic(np.array([1.0, 100, 2, 3])) == 2.5
+
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: drawn.append((self, path)))
+    assert (run / "seeds.png").stat().st_size > 1_000
+    acting.plot_seeds(run / "seed-2", 512)
+    ((figure, path),) = drawn
+    assert path == run / "seeds.png"
+    *curves, middle = (line.get_ydata() for line in figure.axes[0].lines)
+    states = [folder / "checkpoint-2" / "state.json" for folder in (run, run / "seed-2")]
+    tried = [json.loads(state.read_text())["history"]["val_return"] for state in states]
+    np.testing.assert_allclose(curves, tried)
+    np.testing.assert_allclose(middle, np.mean(tried, 0))
 
 
 @pytest.mark.parametrize(("strategy", "within"), [("one", 0), ("mirrored", 1e-5)])
