@@ -5,6 +5,7 @@ only in `publish`, after its served answers have been compared with the model in
 """
 
 import dataclasses
+import inspect
 import json
 import shutil
 import tempfile
@@ -48,9 +49,37 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
 def save(
     endpoint: tf.Module, folder: Path, signatures: Mapping[str, tf.types.experimental.PolymorphicFunction]
 ) -> None:
-    """Write an endpoint's functions, each with an input signature, as a SavedModel that TensorFlow Serving restores."""
-    concrete = {name: function.get_concrete_function() for name, function in signatures.items()}
-    tf.saved_model.save(_state(endpoint, concrete.values()), str(folder), signatures=concrete)
+    """Write an endpoint's functions, each with an input signature, as a SavedModel that TensorFlow Serving restores.
+
+    Where the endpoint has `defaults`, a map of inputs to values of one example, a Predict request over gRPC may leave
+    these inputs of serving_default out.
+
+    Raises:
+        ValueError: a default is of no input, or an input without one comes after it.
+    """
+    saved = {name: function.get_concrete_function() for name, function in signatures.items()}
+    state = _state(endpoint, saved.values())
+    if defaults := getattr(endpoint, "defaults", None):
+        saved["serving_default"] = _with_defaults(signatures["serving_default"], defaults)
+    tf.saved_model.save(state, str(folder), signatures=saved)
+
+
+def _with_defaults(
+    function: tf.types.experimental.PolymorphicFunction, defaults: Mapping[str, Any]
+) -> tf.types.experimental.PolymorphicFunction:
+    """A function whose arguments have batches of one for defaults: these TensorFlow writes into the signature."""
+    specs = {spec.name: spec for spec in function.input_signature}
+    if unknown := sorted(set(defaults) - set(specs)):
+        raise ValueError(f"there are defaults of {', '.join(unknown)}; expected of {', '.join(specs)} alone")
+
+    def call(*inputs):
+        return function(*inputs)
+
+    none, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    values = {name: tf.constant([value], specs[name].dtype) for name, value in defaults.items()}
+    arguments = [inspect.Parameter(name, kind, default=values.get(name, none)) for name in specs]
+    call.__signature__ = inspect.Signature(arguments)
+    return tf.function(call, input_signature=function.input_signature, autograph=False)
 
 
 def publish(

@@ -17,7 +17,10 @@ from apps.recommendation import retrieve
 from shared import export
 from shared.data import ratings
 from shared.serving import ask, checking
+from shared.serving.client import Client, ServerError
+from shared.serving.flags import Flags
 from shared.serving.servable import Servable
+from shared.serving.server import Server
 
 SMALL = ("--batch=16", "--length=20", "--width=16", "--layers=1", "--epochs=2")
 
@@ -149,6 +152,29 @@ def test_streaming_index_is_exact_and_served(config, tmp_path, monkeypatch, bloc
                 np.testing.assert_array_equal(answer[name], wanted)
     # An empty batch, too.
     assert endpoint(tf.constant([], tf.string), tf.zeros([0, 0], tf.string))["top_items"].shape == [0, 10]
+
+
+def test_user_and_history_may_be_left_out(config, tmp_path, capsys):
+    splits = retrieve.load(config)
+    endpoint = retrieve.Endpoint(config, retrieve.build(config, splits), splits)
+    name = "recommendation.retrieve"
+    export.save(endpoint, tmp_path / "models" / name / "1", {"serving_default": endpoint.__call__})
+    users, histories = np.array([b"1", b"2", b"nobody"], object), np.array([[b"3", b""], [b"5", b"6"]], object)
+    none = np.array([b""], object)
+    with Server(Flags(models=str(tmp_path / "models"), port=-1, rest_api_port=-1)) as server:
+        for address in (server.address, f"http://{server.rest_address}"):
+            with Client(address) as asking:
+                for left, whole in (
+                    ({"user": users}, {"user": users, "history": none.repeat(3)[:, None]}),
+                    ({"history": histories}, {"user": none.repeat(2), "history": histories}),
+                    ({}, {"user": none, "history": none[:, None]}),
+                ):
+                    checking.compare(asking.predict(name, whole), asking.predict(name, left))
+                with pytest.raises(ServerError, match="Incompatible shapes"):
+                    asking.predict(name, {"user": users, "history": histories})
+            for sent, basis in (({"user": "1"}, "history"), ({"history": "5,6"}, "history"), ({}, "popularity")):
+                ask.ask(name, sent, address=address)
+                assert f"basis      {basis}\n" in capsys.readouterr().out
 
 
 def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):

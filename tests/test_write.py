@@ -17,7 +17,9 @@ from apps.generative import write
 from shared import export
 from shared.data import corpus
 from shared.metrics import language
-from shared.serving import ask, checking, client
+from shared.serving import ask, checking, client, load
+from shared.serving.flags import Flags
+from shared.serving.server import Server
 
 LINES = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer é…\n"
 SMALL = write.Config(batch=2, context=8, layers=2, heads=2, width=16, seed=3)
@@ -337,6 +339,45 @@ def test_both_signatures_are_served(tmp_path, capsys):
     assert answer["text"].tolist() == endpoint(**splits.request)["text"].numpy().tolist()
     expected = endpoint.score(tf.constant(["To be"]))["log_probability"]
     np.testing.assert_allclose(scored["log_probability"], expected, atol=1e-4)
+
+
+def test_what_is_left_out_has_its_default(tmp_path, capsys):
+    _, _, _, endpoint = made()
+    assert endpoint.defaults == {"max_tokens": 200, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
+    export.save(endpoint, tmp_path / "generative.write" / "1", endpoint.signatures)
+    name, prompts = "generative.write", np.array([b"To be", b"", "é".encode()], object)
+    given = settings(3, max_tokens=200, temperature=0.8, seed=0)
+    expected = endpoint(tf.constant(prompts), **given)["text"].numpy().tolist()
+    with Server(Flags(models=str(tmp_path), port=-1, rest_api_port=-1)) as server:
+        for address in (server.address, f"http://{server.rest_address}"):
+            with client.Client(address) as asking:
+                assert asking.defaults(name)["temperature"].tolist() == [np.float32(0.8)]
+                assert asking.defaults(name, signature="score") == {}
+                for batch in (None, 2):
+                    assert asking.predict(name, {"prompt": prompts}, batch=batch)["text"].tolist() == expected
+                everything = {"prompt": prompts, **{key: value.numpy() for key, value in given.items()}}
+                assert asking.predict(name, everything)["text"].tolist() == expected
+                some = asking.predict(name, {"prompt": prompts, "max_tokens": [3], "seed": [0, 1, 2]})
+                assert some["tokens"].shape == (3, 3)
+                with pytest.raises(client.ServerError, match="Incompatible shapes"):
+                    asking.predict(name, {"prompt": prompts, "seed": [1, 2]})
+                with pytest.raises(client.ServerError, match="prompt"):
+                    asking.predict(name, {"max_tokens": [3]})
+            ask.ask(name, {"prompt": "To be"}, address=address)
+            assert expected[0].decode().splitlines()[0] in capsys.readouterr().out
+            with pytest.raises(ValueError, match=r"\[--max_tokens=VALUE\] --prompt=VALUE .*; prompt is missing$"):
+                ask.ask(name, {"seed": "1"}, address=address)
+            assert load.load(name, {"prompt": "To be"}, address=address, seconds=0.2, batch=2, concurrency=1)
+            assert "errors     none" in capsys.readouterr().out
+
+
+def test_defaults_that_fit_no_inputs(tmp_path, monkeypatch):
+    _, _, _, endpoint = made()
+    for defaults, message in (({"length": 1}, "defaults of length; expected of prompt, max_tokens"),
+                              ({"prompt": ""}, "non-default argument follows")):  # fmt: skip
+        monkeypatch.setattr(write.Endpoint, "defaults", defaults)
+        with pytest.raises(ValueError, match=message):
+            export.save(endpoint, tmp_path / "1", endpoint.signatures)
 
 
 # Backbones.

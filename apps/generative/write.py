@@ -3,7 +3,8 @@
 Data      a text file, or a folder or archive of *.txt files; `tinyshakespeare`
 Model     a decoder-only transformer from scratch over characters, bytes or subwords; rotary positions, pre-norm;
           or a pretrained one, a KerasHub preset that is learned further, all of it or by LoRA (--backbone)
-Endpoint  prompt, max_tokens, temperature, top_k, top_p, seed -> text, tokens, log_probability, unknown
+Endpoint  prompt, max_tokens, temperature, top_k, top_p, seed -> text, tokens, log_probability, unknown; all but the
+          prompt may be left out
           signature `score`: text -> log_probability, tokens, unknown
 """
 
@@ -625,6 +626,10 @@ class Endpoint(tf.Module):
     def signatures(self):
         return {"serving_default": self.__call__, "score": self.score}
 
+    @property
+    def defaults(self):
+        return {"max_tokens": min(200, self.most), "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
+
     @tf.function(
         input_signature=[
             tf.TensorSpec([None], tf.string, name="prompt"),
@@ -636,6 +641,9 @@ class Endpoint(tf.Module):
         ]
     )
     def __call__(self, prompt, max_tokens, temperature, top_k, top_p, seed):
+        inputs = [prompt, max_tokens, temperature, top_k, top_p, seed]
+        batch = functools.reduce(tf.broadcast_dynamic_shape, [tf.shape(one) for one in inputs])
+        prompt, max_tokens, temperature, top_k, top_p, seed = (tf.broadcast_to(one, batch) for one in inputs)
         check = tf.debugging.Assert
         most = self.most
         check(tf.reduce_all((max_tokens >= 0) & (max_tokens <= most)), [f"max_tokens must be 0 to {most}"])

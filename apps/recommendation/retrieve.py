@@ -4,7 +4,8 @@ Data      MovieLens' u.data or ratings.dat; a CSV with columns user,item and, if
 Model     a query tower that reads the history in order (a causal transformer) and an item tower, meeting in a dot
           product, beside a linear regression of the next item on the fading history, in closed form; TensorFlow
           Recommenders' sampled loss for large catalogues, and its top-k indices
-Endpoint  user, and items just taken -> ten items that the user has not had, with scores; popular ones for a stranger
+Endpoint  user, or items just taken, or both -> ten items that the user has not had, with scores; popular ones for a
+          stranger
 """
 
 import dataclasses
@@ -512,6 +513,10 @@ class Endpoint(tf.Module):
         else:
             self.index = tfrs.layers.factorized_top_k.BruteForce(k=TOP).index(vectors)
 
+    @property
+    def defaults(self):
+        return {"user": "", "history": []}
+
     @tf.function(
         input_signature=[
             tf.TensorSpec([None], tf.string, name="user"),
@@ -519,6 +524,9 @@ class Endpoint(tf.Module):
         ]
     )
     def __call__(self, user, history):
+        batch = tf.broadcast_dynamic_shape(tf.shape(user), tf.shape(history)[:1])
+        user = tf.broadcast_to(user, batch)
+        history = tf.broadcast_to(history, tf.concat([batch, tf.shape(history)[1:]], 0))
         latest, had, unknown = self.queries(user, history)
         known = tf.reduce_any(had, -1)
         found = self.towers({"history": latest, "before": had}, training=False)

@@ -1,6 +1,6 @@
 """One raw request to a server, and its answer as a person reads it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -36,22 +36,25 @@ def ask(
     which = {"signature": signature, "version": version, "label": label}
     with Client(address, timeout=timeout, token=token, certificate=certificate, retries=0) as client:
         try:
-            example = read(model, values, client.inputs(model, **which))
+            example = read(model, values, client.inputs(model, **which), client.defaults(model, **which))
             answer = client.predict(model, example, **which)
         except ServerError as error:
             raise explained(error, address) from error
     print(describe({name: value[0] for name, value in answer.items()}, top=top))
 
 
-def read(model: str, values: Mapping[str, str], inputs: Inputs) -> dict[str, np.ndarray]:
+def read(
+    model: str, values: Mapping[str, str], inputs: Inputs, optional: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """One example, with a batch of one in front, from inputs given as text; ValueError: they are not what it takes."""
-    missing, unknown = sorted(set(inputs) - set(values)), sorted(set(values) - set(inputs))
+    missing, unknown = sorted(set(inputs) - set(values) - set(optional)), sorted(set(values) - set(inputs))
     if missing or unknown:
-        expected = " ".join(f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs)
+        flags = {name: f"--{name}={'FILE' if name in FILES else 'VALUE'}" for name in inputs}
+        expected = " ".join(f"[{flag}]" if name in optional else flag for name, flag in flags.items())
         raise ValueError(f"{model} takes {expected}; "
                          + "; ".join([f"{name} is missing" for name in missing]
                                      + [f"{name} is unknown" for name in unknown]))  # fmt: skip
-    return {name: _parse(name, values[name], dtype, shape) for name, (dtype, shape) in inputs.items()}
+    return {name: _parse(name, values[name], *inputs[name]) for name in inputs if name in values}
 
 
 def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -158,6 +158,7 @@ class _Methods:
     ) -> dict[str, np.ndarray]:
         """Ask a model: inputs by name, with the batch first -> outputs by name.
 
+        Inputs that have a default in the signature may be left out.
         Numbers, texts and lists that are no arrays become arrays of the dtype that the signature takes. Arrays are sent
         as they are over gRPC; JSON has no dtypes, so REST leaves it to the server what to make of them.
 
@@ -221,6 +222,13 @@ class _Methods:
     ) -> Inputs:
         """What a signature of a model takes: name -> (dtype, shape with -1 for any size); ValueError: there is none."""
         return _sizes((yield from self._definition(model, signature, version, label)).inputs)
+
+    @_driven
+    def defaults(
+        self, model: str, *, signature: str = "serving_default", version: int | None = None, label: str = ""
+    ) -> dict[str, np.ndarray]:
+        """What stands for the inputs of a signature that `predict` is not given; an input without must be given."""
+        return defaults((yield from self._definition(model, signature, version, label)))
 
     @_driven
     def outputs(
@@ -439,6 +447,12 @@ def _sizes(infos: Mapping[str, Any]) -> Inputs:
         name: (tensors.dtype_of(info.dtype), tuple(dim.size for dim in info.tensor_shape.dim))
         for name, info in sorted(infos.items())
     }
+
+
+def defaults(definition: protocol.SignatureDef | None) -> dict[str, np.ndarray]:
+    """The values of a signature's inputs that have one by default."""
+    found = definition.defaults if definition else {}
+    return {name: tensors.from_proto(value) for name, value in found.items()}
 
 
 def _public(definitions: Mapping[str, Any]) -> list[str]:

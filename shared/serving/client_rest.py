@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf import json_format
 
 from shared.serving import protocol, tensors, tls
-from shared.serving.client import Call, ServerError, states, to_array
+from shared.serving.client import Call, ServerError, defaults, states, to_array
 
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED, 403: grpc.StatusCode.PERMISSION_DENIED,
@@ -72,7 +72,8 @@ def to_request(call: Call) -> dict[str, Any]:
         return {"method": "GET", "url": f"{url}/metadata"}
     body: dict[str, Any] = {"signature_name": call.spec.signature_name} if call.spec.signature_name else {}
     if call.method == "Predict":
-        body["inputs"] = {name: array.tolist() for name, array in call.content.items()}
+        # Over REST the server knows no defaults.
+        body["inputs"] = {name: array.tolist() for name, array in (defaults(call.definition) | call.content).items()}
     else:
         body["examples"] = [
             {name: to_array(value).tolist() for name, value in features.items()} for features in call.content

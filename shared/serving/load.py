@@ -61,7 +61,8 @@ def load(
         found = None if values else warm_up(saved_models / model, signature)
         if not found:
             with Client(address, token=token, certificate=certificate, retries=0) as client:
-                found = _inputs(values, model, client.inputs(model, signature=signature or "serving_default"))
+                which = {"signature": signature or "serving_default"}
+                found = _inputs(values, model, client.inputs(model, **which), client.defaults(model, **which))
         inputs, origin = found
         repeated = {
             name: np.repeat(value[:1], batch, axis=0) if value.ndim else value for name, value in inputs.items()
@@ -78,15 +79,20 @@ def load(
     return not result.errors
 
 
-def _inputs(values: Mapping[str, str], model: str, takes: Inputs) -> tuple[dict[str, np.ndarray], str]:
-    """What to send to a model that takes such inputs, and where it comes from: the flags, or nothing but zeros."""
+def _inputs(
+    values: Mapping[str, str], model: str, takes: Inputs, defaults: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], str]:
+    """What to send to a model that takes such inputs, and where it comes from: the flags, or nothing but zeros.
+
+    Inputs with a default are sent too: a server that batches wants as many rows of each.
+    """
     if values:
-        return ask.read(model, values, takes), "the inputs of the flags"
+        return {**defaults, **ask.read(model, values, takes, defaults)}, "the inputs of the flags"
     zeros = {}
     for name, (dtype, shape) in takes.items():
         sizes = [1 if size < 0 else size for size in shape]
         zeros[name] = np.full(sizes, b"", object) if dtype.kind == "O" else np.zeros(sizes, dtype)
-    return zeros, "zeros and empty strings"
+    return {**zeros, **defaults}, "zeros and empty strings"
 
 
 def warm_up(base: Path, signature: str = "") -> tuple[dict[str, np.ndarray], str] | None:
