@@ -4,13 +4,16 @@ import ast
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+import scipy.io.wavfile
 import tensorflow as tf
 from conftest import ROOT
+from PIL import Image
 
 from shared import command, run
 from shared.data import named
@@ -53,22 +56,27 @@ def test_expectations_name_data_that_can_be_found(task):
     assert task.EXPECT
 
 
-@pytest.fixture
-def smoke(task, cornucopia, tmp_path):
-    name = task.__name__.removeprefix("apps.")
-    flags = []
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A folder for what all tasks export."""
+    return tmp_path_factory.mktemp("saved_models")
+
+
+def trained(task, cornucopia, exports):
+    """Train a task by its SMOKE config, as a user does; what was printed."""
+    flags = [f"--saved-models={exports}"]
     for field in dataclasses.fields(task.SMOKE):
         value, flag = getattr(task.SMOKE, field.name), field.name.replace("_", "-")
         if value != field.default:
             switch = f"--{flag}" if value else f"--no-{flag}"
             flags.append(switch if isinstance(value, bool) else f"--{flag}={value}")
-    done = cornucopia("train", name, *flags)
-    return name, done.stdout, tmp_path / "saved_models" / name / "1"
+    return cornucopia("train", task.__name__.removeprefix("apps."), *flags).stdout
 
 
-def test_smoke(task, smoke, python):
-    name, printed, version = smoke
-    assert "over gRPC equal the model in memory" in printed
+def test_smoke(task, cornucopia, exports, python):
+    name = task.__name__.removeprefix("apps.")
+    assert "over gRPC equal the model in memory" in trained(task, cornucopia, exports)
+    version = exports / name / "1"
     extra = version / "assets.extra"
     report = json.loads((extra / "metrics.json").read_text())
     assert report["task"] == name
@@ -99,3 +107,35 @@ def test_smoke(task, smoke, python):
     assert all(shape[0] > 1 for _, shape in json.loads(outputs))
     assert int(parameters) > 0
     assert np.isfinite(report["served"]["largest_difference"])
+
+
+def test_one_server_answers_for_every_task(cornucopia, exports, serving, tmp_path):
+    """As a user asks it: a server in a process of its own, and files that other programs wrote."""
+    for name in TASKS:
+        if not (exports / name / "1").is_dir():  # this test alone was asked for
+            trained(importlib.import_module(f"apps.{name}"), cornucopia, exports)
+    (tmp_path / "saved_models").symlink_to(exports)
+    time = np.arange(8000) / 16_000
+    scipy.io.wavfile.write(tmp_path / "hum.wav", 16_000, np.int16(9000 * np.sin(2 * np.pi * 440 * time)))
+    Image.fromarray(np.uint8(255 * np.eye(20))).save(tmp_path / "line.png")
+    ranked = r"label +(\S.*)\nscore +([01]\.\d{4})\ntop 1 +\2  \1\n(top \d+ +[01]\.\d{4}  \S.*\n)+"
+    number = r"-?\d+\.\d{4}"
+    asked = {
+        "vision.classify": (["--image=line.png"], ranked),
+        "speech.spot": (["--audio=hum.wav"], ranked),
+        "nlp.classify": (["--text=Solve a system of linear equations"], ranked),
+        "recommendation.retrieve": (
+            ["--user=7", "--history=1, 2, no such item"],
+            rf"basis +history\ntop_items +(\d+ ){{9}}\d+\nunknown +1\n(top \d+ +{number}  \d+\n){{10}}",
+        ),
+        "rl.ppo": (["--observation=0,0,0.1,0.2"], rf"action +[01]\nprobabilities {number} {number}\nvalue +{number}\n"),
+        "generative.write": (
+            ["--prompt=The statement", "--max-tokens=20"],
+            rf"text +(?s:.+)\nlog_probability {number}\ntokens +(?s:.+)\nunknown +0\n",
+        ),
+    }
+    assert set(asked) == set(TASKS)
+    with serving() as address:
+        for name, (inputs, expected) in asked.items():
+            answer = cornucopia("ask", name, *inputs, f"--address={address}").stdout
+            assert re.fullmatch(expected, answer), f"{name}: {answer}"
