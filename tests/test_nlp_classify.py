@@ -1,14 +1,18 @@
 """nlp.classify as a user meets it: any text, bad input, its models in other projects."""
 
+import json
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 import scipy.sparse
+import scipy.special
 import tensorflow as tf
 from keras import ops
 
@@ -258,6 +262,101 @@ def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornuc
         assert re.search(r"^label +food$", answer, re.MULTILINE)
     done = cornucopia("explain", "nlp.classify", "--text=soup", expect=2)
     assert "only networks from scratch are explained" in done.stderr
+
+
+def hugging_face(folder, *, prefix=""):
+    """Write a tiny BERT as Hugging Face's `save_pretrained` does; return its weights by name, without the prefix.
+
+    A BertModel's names have no prefix; in a model for a purpose they begin with `bert.`, and the purpose's own follow.
+    """
+    words = ["solve", "a", "system", "of", "linear", "equation", "##s", "cafe", ","]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *[f"##{one}" for one in letters]]
+    vocabulary = list(dict.fromkeys(vocabulary))
+    config = {
+        "architectures": ["BertForPreTraining" if prefix else "BertModel"], "model_type": "bert",
+        "vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 64, "type_vocab_size": 2, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0,
+    }  # fmt: skip
+    sizes = {"pooler.dense": (16, 16)}
+    for n in range(2):
+        block = f"encoder.layer.{n}"
+        sizes |= {f"{block}.attention.self.{part}": (16, 16) for part in ("query", "key", "value")}
+        sizes |= {f"{block}.attention.output.dense": (16, 16), f"{block}.attention.output.LayerNorm": (16,),
+                  f"{block}.intermediate.dense": (32, 16), f"{block}.output.dense": (16, 32),
+                  f"{block}.output.LayerNorm": (16,)}  # fmt: skip
+    shapes = {f"embeddings.{name}_embeddings.weight": (count, 16)
+              for name, count in (("word", len(vocabulary)), ("position", 64), ("token_type", 2))}  # fmt: skip
+    for name, size in {"embeddings.LayerNorm": (16,), **sizes}.items():
+        shapes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    random = np.random.default_rng(3)
+    weights = {name: random.normal(0, 0.3, size).astype(np.float32) for name, size in shapes.items()}
+    own = {"cls.seq_relationship.weight": np.ones((2, 16), np.float32)} if prefix else {}
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": True, "model_max_length": 64, "tokenizer_class": "BertTokenizer"})
+    )
+    saved = {**{prefix + name: value for name, value in weights.items()}, **own}
+    safetensors.numpy.save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def bert(weights, token_ids):
+    """What BERT (Devlin et al. 2018) makes of one text's token ids: a vector for each, [token, width]."""
+
+    def dense(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    tables = [weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")]
+    x = norm(tables[0][token_ids] + tables[1][: len(token_ids)] + tables[2][0], "embeddings.LayerNorm")
+    for n in range(2):
+        block = f"encoder.layer.{n}"
+        parts = [dense(x, f"{block}.attention.self.{part}") for part in ("query", "key", "value")]
+        query, key, value = (part.reshape(-1, 2, 8).swapaxes(0, 1) for part in parts)  # [head, token, size]
+        shares = scipy.special.softmax(query @ key.swapaxes(1, 2) / 8**0.5, -1)
+        attended = dense((shares @ value).swapaxes(0, 1).reshape(-1, 16), f"{block}.attention.output.dense")
+        x = norm(x + attended, f"{block}.attention.output.LayerNorm")
+        y = dense(x, f"{block}.intermediate.dense")
+        x = norm(x + dense(y * scipy.special.ndtr(y), f"{block}.output.dense"), f"{block}.output.LayerNorm")
+    return x
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_hugging_face_checkpoint_is_read_as_it_is(tmp_path, prefix):
+    weights = hugging_face(tmp_path / "checkpoint", prefix=prefix)
+    config = classify.Config(backbone=str(tmp_path / "checkpoint"), length=12)
+    texts = tf.constant(["Solve equations, CAFÉ 🙂 ab", "system"])
+    tokens = classify._of_backbone(config.backbone, config.length)(texts)
+    # Places in vocab.txt: 2 [CLS], 5 solve, 10 equation, 11 ##s, 13 the comma, 12 cafe, 1 [UNK], 6 a, ##b, 3 [SEP].
+    b = 14 + 25 + 1  # behind the words the letters but a, which is a word, and ##a
+    np.testing.assert_array_equal(tokens["token_ids"][0], [2, 5, 10, 11, 13, 12, 1, 6, b, 3, 0, 0])
+    np.testing.assert_array_equal(tokens["token_ids"][1], [2, 7, 3] + [0] * 9)
+    np.testing.assert_array_equal(tokens["padding_mask"][0], [1] * 10 + [0] * 2)
+
+    network = classify._encoder(config, types.SimpleNamespace(names=("yes", "no")))
+    vectors = network.get_layer("backbone")(tokens).numpy()
+    for row, count in enumerate([10, 3]):
+        expected = bert(weights, tokens["token_ids"][row, :count].numpy())
+        np.testing.assert_allclose(vectors[row, :count], expected, atol=1e-4)
+
+
+def test_a_hugging_face_checkpoint_learns_on_and_is_served(cornucopia, serving, tmp_path):
+    hugging_face(tmp_path / "checkpoint")
+    flags = ("--backbone=checkpoint", "--length=16", "--epochs=1")
+    done = cornucopia("train", "nlp.classify", *flags)
+    assert "8 answers over gRPC equal the model in memory" in done.stdout
+    assert "Warning" not in done.stderr
+    with serving() as address:
+        answer = cornucopia("ask", "nlp.classify", "--text=Solve linear equations", f"--address={address}").stdout
+    assert re.match(r"label +(\w+)\nscore +(0\.\d+)\ntop 1 +\2  \1\n", answer)
 
 
 @pytest.mark.parametrize(("made", "message"), [(False, "is no folder"), (True, "holds no config.json")])

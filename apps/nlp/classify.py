@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -218,6 +219,11 @@ def _of_backbone(folder: str, length: int):
     import keras_hub
 
     own = keras_hub.models.TextClassifierPreprocessor.from_preset(_folder(folder), sequence_length=length)
+    settings = Path(folder) / "tokenizer_config.json"  # of a Hugging Face checkpoint
+    if settings.is_file() and hasattr(own.tokenizer, "strip_accents"):
+        # Left unsaid, accents go where capitals do; KerasHub (0.32) keeps them, and the words would be unknown.
+        stripped = json.loads(settings.read_text()).get("strip_accents")
+        own.tokenizer.strip_accents = own.tokenizer.lowercase if stripped is None else stripped
 
     def tokenise(text):
         clean = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8")  # what is no UTF-8 becomes U+FFFD
