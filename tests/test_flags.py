@@ -179,6 +179,35 @@ def test_limits(tree):
                     client.predict("affine", {"x": np.ones((10_000, 2), np.float32)})
 
 
+def test_what_a_call_waits_for_a_thread_is_told(tree, monkeypatch, capsys):
+    """One thread, eight callers, 20 ms a run: each waits for the seven before it."""
+    with serving(tree, grpc_max_threads=1, rest_api_port=-1) as one:
+        run = one.core.models.served()["affine"][1].answer
+
+        def slow(*arguments):
+            time.sleep(0.02)
+            return run(*arguments)
+
+        monkeypatch.setattr(one.core.models.served()["affine"][1], "answer", slow)
+        assert load.load("affine", {}, address=one.address, concurrency=8, seconds=2)
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    said = capsys.readouterr().out
+    waited, ran, rest = (float(re.search(rf"\((\d+) %\) {name}", said)[1])
+                         for name in ("in the queue", "the network ran", "between client and server"))  # fmt: skip
+    assert waited > 75, said
+    assert ran < 20, said
+    assert rest < 15, said
+    mean = {}
+    for name, labels in (("cornucopia:serving:stage_latency", 'API="Predict",stage="queue"'),
+                         ("tensorflow:serving:request_latency", 'API="Predict",entrypoint="GRPC"')):  # fmt: skip
+        total, count = (float(re.search(rf':{name}_{end}{{model_name="affine",{labels}}} (.*)', text)[1])
+                        for end in ("sum", "count"))  # fmt: skip
+        mean[name] = total / count / 1000  # milliseconds
+    queue, latency = mean.values()
+    assert 100 < queue < latency
+    assert latency - queue == pytest.approx(20, abs=10)
+
+
 def test_gate_admits_so_many_at_a_time():
     from shared.serving.gate import Gate
     from shared.serving.refusal import RefusedError

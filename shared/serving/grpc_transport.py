@@ -30,6 +30,10 @@ SERVICES = (protocol.PREDICTION, protocol.MODEL)
 log = logging.getLogger("cornucopia.serve")
 
 
+class _Here(threading.local):
+    waited = 0.0  # seconds that the call which this thread runs was in the queue
+
+
 class Pool:
     """Threads that run what is submitted; `grpc.server` takes it for an executor.
 
@@ -37,12 +41,13 @@ class Pool:
     two threads answer nearly twice as many calls as eight. So as many run as there are processors, and one that is
     about to wait for long, for a large model or a batch, lends its place to another until it is back (`waiting`). Where
     calls wait and none ends, as when clients open calls and send nothing, more threads are added, up to `STUCK`.
+    `here.waited` tells a call how long it was in the queue.
     """
 
     STUCK, LOOK = 256, 0.25
 
     def __init__(self, running: int, most: int):
-        self._most, self._count = most, 0
+        self._most, self._count, self.here = most, 0, _Here()
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._lock, self._surplus = threading.Lock(), 0
         self._parked: list[threading.Lock] = []  # of each thread that sleeps, the lock that it sleeps on
@@ -54,7 +59,7 @@ class Pool:
 
     def submit(self, call: Callable, *arguments, **named) -> None:
         """Run a call in some thread; what it returns is lost."""
-        self._tasks.put((call, arguments, named))
+        self._tasks.put((time.perf_counter(), call, arguments, named))
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -103,7 +108,8 @@ class Pool:
         bed = threading.Lock()
         bed.acquire()
         while (task := self._tasks.get()) is not None:
-            call, arguments, named = task
+            came, call, arguments, named = task
+            self.here.waited = time.perf_counter() - came
             try:
                 call(*arguments, **named)
             except Exception:  # a call that fails must not take the thread with it
@@ -188,11 +194,12 @@ class Grpc:
     # Calls: bytes -> bytes.
 
     def _inference(self, api: str, work: Callable) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-        core, record, waiting = self._core, self._core.metrics.request, self._pool.waiting
+        core, record, waiting, here = self._core, self._core.metrics.request, self._pool.waiting, self._pool.here
 
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-            begun = time.perf_counter()
+            begun = time.perf_counter() - here.waited
             stages, status, inside = Stages(api, waiting), "OK", False
+            stages.queue = here.waited
             sent = {name: value for name, value in context.invocation_metadata() if name in HEADERS}
             try:
                 if not core.gate.open:

@@ -86,7 +86,7 @@ class Inference:
             begun = time.perf_counter()
             with stages.waiting():
                 outputs, stages.run, stages.batch = servable.batching.run(servable, feeds, fetches, arrays, until)
-            stages.queue = time.perf_counter() - begun - stages.run
+            stages.queue += time.perf_counter() - begun - stages.run
             return outputs
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
         begun = time.perf_counter()
