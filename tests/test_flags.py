@@ -600,6 +600,41 @@ def test_metrics_are_what_prometheus_reads(tree):
         assert samples[key] == 3
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A folder of one model, which classifies and regresses."""
+    root, module = tmp_path_factory.mktemp("judges"), serving_models.Judge()
+    signatures = {"serving_default": module.classify, "regress": module.regress}
+    serving_models.save(module, root / "judge" / "1", signatures)
+    return root
+
+
+def of_examples():
+    """Name of a call that takes Examples -> a request to the judge."""
+    found = {"Classify": protocol.ClassificationRequest(), "Regress": protocol.RegressionRequest(),
+             "MultiInference": protocol.MultiInferenceRequest()}  # fmt: skip
+    found["MultiInference"].tasks.add(method_name="tensorflow/serving/classify").model_spec.name = "judge"
+    for name in ("Classify", "Regress"):
+        found[name].model_spec.name = "judge"
+    found["Regress"].model_spec.signature_name = "regress"
+    for message in found.values():
+        message.input.example_list.examples.add().features.feature["x"].float_list.value.append(2.0)
+    return found
+
+
+def test_every_stage_of_every_call_takes_time(judge):
+    with serving(judge, rest_api_port=-1) as one, grpc.insecure_channel(one.address) as channel:
+        for name, message in of_examples().items():
+            assert channel.unary_unary(f"/{protocol.PREDICTION}/{name}")(message.SerializeToString(), timeout=20)
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    sums = re.findall(r'stage_latency_sum{model_name="judge",API="(\w+)",stage="(\w+)"} (.*)', text)
+    assert len(sums) == 12
+    assert min(float(microseconds) for _, _, microseconds in sums) > 0, sums
+    took = dict(re.findall(r'request_latency_sum{model_name="judge",API="(\w+)",entrypoint="GRPC"} (.*)', text))
+    for name, seconds in took.items():  # which is no more than there was
+        assert sum(float(value) for api, _, value in sums if api == name) < float(seconds)
+
+
 def test_a_server_that_ends_ends_a_profile_that_is_taken(tree):
     from tensorflow.python.profiler import profiler_v2
 

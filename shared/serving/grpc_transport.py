@@ -140,9 +140,11 @@ class Grpc:
         self._server = grpc.server(self._pool, options=list(settings.items()))
         prediction = {
             "Predict": self._inference("Predict", self._predict),
-            "Classify": self._inference("Classify", self._simple(protocol.ClassificationRequest, "classify")),
-            "Regress": self._inference("Regress", self._simple(protocol.RegressionRequest, "regress")),
-            "MultiInference": self._inference("MultiInference", self._infer),
+            "Classify": self._inference("Classify", self._of_examples(protocol.ClassificationRequest, "classify")),
+            "Regress": self._inference("Regress", self._of_examples(protocol.RegressionRequest, "regress")),
+            "MultiInference": self._inference(
+                "MultiInference", self._of_examples(protocol.MultiInferenceRequest, "infer")
+            ),
             "GetModelMetadata": self._inference("GetModelMetadata", self._metadata),
         }
         model = {
@@ -266,28 +268,30 @@ class Grpc:
         stages.encode = time.perf_counter() - begun
         return data
 
-    def _simple(self, kind: type, name: str) -> Callable:
+    def _of_examples(self, kind: type, name: str) -> Callable:
         answer = getattr(self._core.inference, name)
 
         def work(data: bytes, stages: Stages, until: float | None) -> bytes:
             begun = time.perf_counter()
             request = kind.FromString(data)
-            stages.model = self._core.models.known(request.model_spec.name)
-            if not request.HasField("model_spec"):
+            if (
+                name == "infer"
+            ):  # its tasks are of one model; as upstream, where there is none, what is missing is its name
+                spec = request.tasks[0].model_spec if request.tasks else protocol.ModelSpec()
+            elif request.HasField("model_spec"):
+                spec = request.model_spec
+            else:
                 raise invalid("Missing ModelSpec")
-            servable = self._core.models.find(request.model_spec)
+            stages.model = self._core.models.known(spec.name)
+            servable = self._core.models.find(spec)
             stages.decode = time.perf_counter() - begun
-            return answer(servable, request, stages, until).SerializeToString()
+            waited = stages.queue
+            reply = answer(servable, request, stages, until).SerializeToString()
+            # What is not another stage is encoding: the answer adds to them all while it is made.
+            stages.encode = time.perf_counter() - begun - stages.decode - (stages.queue - waited) - stages.run
+            return reply
 
         return work
-
-    def _infer(self, data: bytes, stages: Stages, until: float | None) -> bytes:
-        request = protocol.MultiInferenceRequest.FromString(data)
-        # The first task's; as in TensorFlow Serving, where there is none, what is missing is the name.
-        spec = request.tasks[0].model_spec if request.tasks else protocol.ModelSpec()
-        stages.model = self._core.models.known(spec.name)
-        servable = self._core.models.find(spec)
-        return self._core.inference.infer(servable, request, stages, until).SerializeToString()
 
     def _metadata(self, data: bytes, stages: Stages, until: float | None) -> bytes:
         request = protocol.GetModelMetadataRequest.FromString(data)

@@ -126,7 +126,9 @@ class Inference:
 
     def _of_examples(self, servable, given: Input, feeds, fetches, stages, until) -> tuple[list[np.ndarray], int]:
         """Run what takes Examples, each feed the same: the outputs, and how many Examples there are."""
+        begun = time.perf_counter()
         examples = _examples(given)
+        stages.decode += time.perf_counter() - begun
         stages.examples = len(examples)
         return self._run(servable, feeds, fetches, [examples] * len(feeds), stages, until), len(examples)
 
