@@ -571,6 +571,53 @@ def test_beside_the_contract(tree):
         assert headers["X-Request-Id"] == "def"
 
 
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+TRACED = (("x-request-id", "abc"), ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"))
+FAILURES = {  # what the model does, the message, the token, what is answered
+    "answered": (None, None, "secret", "OK"),
+    "refused": (None, b"", "secret", "INVALID_ARGUMENT"),
+    "turned away": (None, None, "wrong", "UNAUTHENTICATED"),
+    "no message": (None, b"\xff", "secret", "INTERNAL"),
+    "no memory": (MemoryError(), None, "secret", "RESOURCE_EXHAUSTED"),
+    "broken": (KeyError("lost"), None, "secret", "INTERNAL"),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "token", "code"), FAILURES.values(), ids=FAILURES.keys())
+def test_ids_come_back_and_are_logged_whatever_becomes_of_a_call(
+    tree, tmp_path, monkeypatch, caplog, error, message, token, code
+):
+    from shared.serving.client import request
+
+    (tmp_path / "token").write_text("secret")
+    with serving(tree, token_file=str(tmp_path / "token"), access_log=True) as one:
+        if error:
+            monkeypatch.setattr(one.core.inference, "predict", failing(error))
+        with caplog.at_level("INFO", "cornucopia.serve"), grpc.insecure_channel(one.address) as channel:
+            metadata = (*TRACED, ("server-timing", "1"), ("authorization", f"Bearer {token}"))
+            body = request("affine", X).SerializeToString() if message is None else message
+            call = channel.unary_unary(f"/{protocol.PREDICTION}/Predict").future(body, timeout=20, metadata=metadata)
+            assert call.code().name == code
+        back = dict(call.trailing_metadata())
+        assert {name: back[name] for name, _ in TRACED} == dict(TRACED)
+        assert "batch" in load.stages(back["server-timing"])
+    lines = [record.getMessage() for record in caplog.records if record.name == "cornucopia.serve"]
+    ids = " ".join(f"{name}={value}" for name, value in TRACED)
+    (line,) = (line for line in lines if line.startswith("GRPC Predict"))
+    assert line.endswith(f" ms {ids}")
+    assert f" {code} " in line
+    (fields,) = (record.request for record in caplog.records if hasattr(record, "request"))
+    assert (fields["id"], fields["traceparent"]) == tuple(value for _, value in TRACED)
+    if isinstance(error, KeyError):
+        assert f"Predict of affine failed {ids}" in lines
+
+
 def test_metrics_are_what_prometheus_reads(tree):
     from prometheus_client.parser import text_string_to_metric_families
 

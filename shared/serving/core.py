@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.serving.gate import Gate, Recorder
-from shared.serving.inference import Inference, Stages
+from shared.serving.inference import Inference
 from shared.serving.models import Models
 from shared.serving.watching import Metrics
 
@@ -22,7 +22,7 @@ class Core:
     metrics: Metrics
     gate: Gate
     recorder: Recorder | None = None
-    access: Callable[[str, Stages, str, float, str], None] | None = None  # writes a line of the access log
+    access: Callable[..., None] | None = None  # writes a line of the access log
     as_content: bool = False  # whether answers carry tensor_content in place of typed fields
     started: float = field(default_factory=time.time)
 

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -200,7 +200,7 @@ class Grpc:
 
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
             begun = time.perf_counter() - here.waited
-            stages, status, inside = Stages(api, waiting), "OK", False
+            stages, code, inside, reply, details = Stages(api, waiting), grpc.StatusCode.OK, False, None, ""
             stages.queue = here.waited
             sent = {name: value for name, value in context.invocation_metadata() if name in HEADERS}
             try:
@@ -212,31 +212,28 @@ class Grpc:
                 reply = work(data, stages, until)
                 if api in RECORDED and (recorder := core.sample()):
                     core.record(recorder, RECORDED[api], data, reply)
-                if sent.keys() - USUAL:
-                    context.set_trailing_metadata(trailing(sent, stages))
-                return reply
             except RefusedError as error:
-                status = error.code.name
-                if "x-request-id" in sent:
-                    context.set_trailing_metadata((("x-request-id", sent["x-request-id"]),))
-                context.abort(error.code, _cut(str(error)))
+                code, details = error.code, str(error)
             except DecodeError:
-                status = "INTERNAL"
-                context.abort(grpc.StatusCode.INTERNAL, f"the message is no {api} request: it cannot be parsed")
+                code, details = grpc.StatusCode.INTERNAL, f"the message is no {api} request: it cannot be parsed"
             except MemoryError:
-                status = "RESOURCE_EXHAUSTED"
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is not enough memory for this request")
+                code, details = grpc.StatusCode.RESOURCE_EXHAUSTED, "there is not enough memory for this request"
             except Exception as error:
-                status = "INTERNAL"
-                log.exception("%s of %s failed", api, stages.model or "no model")
-                context.abort(grpc.StatusCode.INTERNAL, _cut(f"{type(error).__name__}: {error}"))
+                code, details = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+                log.exception("%s of %s failed%s", api, stages.model or "no model", told(sent))
             finally:
                 if inside:
                     core.gate.leave()
-                if stages.model is not None:
-                    record(stages.model, "GRPC", status, time.perf_counter() - begun, stages)
-                if core.access is not None:
-                    core.access("GRPC", stages, status, time.perf_counter() - begun, sent.get("x-request-id", ""))
+            if sent.keys() - USUAL:
+                context.set_trailing_metadata(trailing(sent, stages))
+            if stages.model is not None:
+                record(stages.model, "GRPC", code.name, time.perf_counter() - begun, stages)
+            if (access := core.access) is not None:
+                ids = (sent.get(name, "") for name in IDS)
+                access("GRPC", stages, code.name, time.perf_counter() - begun, *ids)
+            if reply is None:
+                context.abort(code, _cut(details))
+            return reply
 
         return handle
 
@@ -328,18 +325,24 @@ class Grpc:
 
 
 FAR = 10**8  # seconds; gRPC's way to say that a call has no deadline
-HEADERS = frozenset({"authorization", "server-timing", "x-request-id", "traceparent"})
+IDS = ("x-request-id", "traceparent")
+HEADERS = frozenset({"authorization", "server-timing", *IDS})
 USUAL = frozenset({"authorization"})
 RECORDED = {"Predict": "predict_log", "Classify": "classify_log", "Regress": "regress_log",
             "MultiInference": "multi_inference_log"}  # fmt: skip
 
 
 def trailing(sent: dict[str, str], stages: Stages) -> tuple[tuple[str, str], ...]:
-    """What goes back beside an answer: the request's id, and, where it was asked for, where its time went."""
-    back = [(name, sent[name]) for name in ("x-request-id", "traceparent") if name in sent]
+    """What goes back beside an answer: the request's ids, and, where it was asked for, where its time went."""
+    back = [(name, sent[name]) for name in IDS if name in sent]
     if "server-timing" in sent:
         back.append(("server-timing", timing(stages)))
     return tuple(back)
+
+
+def told(sent: Mapping[str, str]) -> str:
+    """The ids that came with a request, as a log's line ends with them; empty where there are none."""
+    return "".join(f" {name}={sent[name]}" for name in IDS if sent.get(name))
 
 
 def timing(stages: Stages) -> str:

@@ -20,7 +20,7 @@ from shared.serving import batching, protocol, tensors, tls
 from shared.serving.core import Core
 from shared.serving.flags import RELOADABLE, Flags, parse, processors
 from shared.serving.gate import Gate, Recorder
-from shared.serving.grpc_transport import Grpc
+from shared.serving.grpc_transport import Grpc, told
 from shared.serving.inference import Inference, Stages
 from shared.serving.models import Models
 from shared.serving.refusal import LoadError, RefusedError
@@ -302,11 +302,15 @@ def _parse(text: str, kind: type, path: str):
         raise ValueError(f"Error parsing text-format {name}: {path}: {error}") from error
 
 
-def _access(entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str) -> None:
-    told = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model or "", "status": status,
-            "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id}  # fmt: skip
-    log.info("%s %s %s %s %.3f ms", entrypoint, stages.api, stages.model or "-", status, 1000 * seconds,
-             extra={"request": told})  # fmt: skip
+def _access(
+    entrypoint: str, stages: Stages, status: str, seconds: float, request_id: str, traceparent: str = ""
+) -> None:
+    ids = {"x-request-id": request_id, "traceparent": traceparent}
+    fields = {"entrypoint": entrypoint, "api": stages.api, "model": stages.model or "", "status": status,
+              "milliseconds": round(1000 * seconds, 3), "batch": stages.batch, "id": request_id,
+              "traceparent": traceparent}  # fmt: skip
+    log.info("%s %s %s %s %.3f ms%s", entrypoint, stages.api, stages.model or "-", status, 1000 * seconds, told(ids),
+             extra={"request": fields})  # fmt: skip
 
 
 class _JsonLines(logging.Formatter):
