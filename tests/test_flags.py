@@ -1,7 +1,9 @@
 """The flags of the server, in both spellings, and what each does where another test does not show it."""
 
 import dataclasses
+import io
 import json
+import logging
 import re
 import shutil
 import signal
@@ -379,6 +381,21 @@ def test_what_breaks_in_the_server_is_told_counted_and_logged(slow, monkeypatch,
         assert "POST /v1/models/slow:predict failed" in caplog.text
         text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
         assert ':request_count{model_name="slow",status="INTERNAL"} 1\n' in text
+
+
+def test_a_log_of_json_lines_holds_the_traceback_of_what_broke(tree, monkeypatch):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(server._JsonLines())
+    monkeypatch.setattr(server.log, "handlers", [handler])
+    with serving(tree) as one, Client(one.address, retries=0) as client:
+        monkeypatch.setattr(one.core.inference, "predict", failing(KeyError("lost")))
+        with pytest.raises(ServerError, match="KeyError: 'lost'"):
+            client.predict("affine", X)
+    (line,) = (line for line in map(json.loads, stream.getvalue().splitlines()) if line["level"] == "error")
+    assert line["message"] == "Predict of affine failed"
+    assert line["exception"].startswith("Traceback (most recent call last):\n")
+    assert line["exception"].endswith("\nKeyError: 'lost'")
 
 
 def test_a_client_that_is_gone_is_no_fault_of_the_server(slow, caplog):

@@ -318,7 +318,10 @@ class _JsonLines(logging.Formatter):
         line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
         if hasattr(record, "request"):
             return json.dumps({**line, **record.request})
-        return json.dumps({**line, "message": record.getMessage()})
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def serve(words: list[str]) -> int:
