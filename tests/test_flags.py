@@ -223,6 +223,47 @@ def test_gate_admits_so_many_at_a_time():
     gate.enter("")
 
 
+def test_calls_beyond_the_limit_are_refused_when_they_come(tree, monkeypatch):
+    """While those before them run, or wait for the only thread."""
+    from shared.serving.client import request
+
+    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 60.0)  # so that no other thread comes to help
+    go, body = threading.Event(), request("affine", X).SerializeToString()
+    with serving(tree, max_requests_at_a_time=3, grpc_max_threads=1) as one:
+        answer = one.core.inference.predict
+        monkeypatch.setattr(one.core.inference, "predict", lambda *words: go.wait(20) and answer(*words))
+        with grpc.insecure_channel(one.address) as channel:
+            call = channel.unary_unary(f"/{protocol.PREDICTION}/Predict")
+
+            def flood():
+                futures = [call.future(body, timeout=20) for _ in range(10)]
+                until(lambda: sum(future.done() for future in futures) == 7, seconds=10)
+                assert {future.code().name for future in futures if future.done()} == {"RESOURCE_EXHAUSTED"}
+                assert "3 requests are being answered" in next(f.details() for f in futures if f.done())
+                return [future for future in futures if not future.done()]
+
+            for future in flood():  # what nobody awaits any more is not inside for ever, though it never ran
+                future.cancel()
+            go.set()
+            until(lambda: not one.core.gate._inside)
+            go.clear()
+            inside = flood()
+            with pytest.raises(grpc.RpcError, match="3 requests are being answered"):
+                channel.unary_unary(f"/{protocol.MODEL}/GetModelStatus")(b"", timeout=10)
+            one.reload(dataclasses.replace(one.flags, max_requests_at_a_time=0))
+            inside += [call.future(body, timeout=20) for _ in range(10)]
+            time.sleep(0.1)
+            assert not any(future.done() for future in inside)
+            go.set()
+            assert [future.code().name for future in inside] == ["OK"] * 13
+            one.reload(dataclasses.replace(one.flags, max_requests_at_a_time=1))
+            assert call(body, timeout=20)
+            with pytest.raises(grpc.RpcError, match="requires exactly one request message"):
+                channel.stream_unary(f"/{protocol.PREDICTION}/Predict")(iter(()), timeout=10)
+            assert call(body, timeout=20)
+        assert one.core.gate._inside == 0
+
+
 def test_request_log_is_a_warm_up_and_an_evaluation_set(tree, tmp_path):
     with serving(tree, request_log=str(tmp_path / "log" / "requests"), request_log_rate=1.0, rest_api_port=-1) as one:
         for address in (one.address, f"http://{one.rest_address}"):

@@ -1,7 +1,7 @@
 """The services over gRPC.
 
 What Python adds to a call bounds how many a server answers a second, so the way of a Predict is short: bytes in, bytes
-out, no interceptors, and a pool of threads that takes calls from a queue without making a future of each.
+out, and a pool of threads that takes calls from a queue without making a future of each.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from shared.serving import protocol, tensors
 from shared.serving.core import Core
 from shared.serving.flags import processors
+from shared.serving.gate import Gate
 from shared.serving.inference import Stages
 from shared.serving.profiling import Profiler
 from shared.serving.refusal import RefusedError, invalid
@@ -126,6 +128,57 @@ class Pool:
         self._tasks.put(None)  # for the next
 
 
+class _Door(grpc.ServerInterceptor):
+    """Asks the gate when a call comes: what waits for a thread is inside, and what is turned away waits for none.
+
+    `calls` are those that the gate is for, by their paths; `answering` makes such a call of a name and what it does.
+    """
+
+    def __init__(self, gate: Gate, answering: Callable[[str, Callable], Callable]):
+        self._gate, self._answering = gate, answering
+        self._turning_away = ThreadPoolExecutor(1, thread_name_prefix="refuse")
+        self.calls: dict[str, Callable] = {}
+
+    def intercept_service(
+        self, continuation: Callable, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        """What answers a call that has come."""
+        call, gate = self.calls.get(details.method), self._gate
+        if call is None or gate.open:
+            return continuation(details)
+        try:
+            gate.enter(dict(details.invocation_metadata).get("authorization", ""))
+        except RefusedError as error:
+            return self._refusal(details.method.rpartition("/")[2], error.code, str(error))
+
+        def inside(messages, context):
+            try:
+                data = next(messages, None)
+                if data is None:  # in gRPC's words
+                    text = f'"{details.method}" requires exactly one request message.'
+                    context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
+                return call(data, context)
+            finally:
+                gate.leave()
+
+        # As if messages came in a stream: that is begun even where the client is gone, and so it leaves in any case.
+        return grpc.stream_unary_rpc_method_handler(inside)
+
+    def _refusal(self, api: str, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
+        def refuse(*_):
+            raise RefusedError(code, text)
+
+        def turned_away(messages, context):  # and its message is not awaited
+            return self._answering(api, refuse)(b"", context)
+
+        turned_away.experimental_thread_pool = self._turning_away
+        return grpc.stream_unary_rpc_method_handler(turned_away)
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._turning_away.shutdown(wait=False)
+
+
 class Grpc:
     """A gRPC server for what a Core answers."""
 
@@ -137,7 +190,8 @@ class Grpc:
             "grpc.max_send_message_length": -1, "grpc.max_receive_message_length": largest, "grpc.so_reuseport": 0,
             **options,
         }  # fmt: skip
-        self._server = grpc.server(self._pool, options=list(settings.items()))
+        self._door = _Door(core.gate, lambda api, work: self._inference(api, work))
+        self._server = grpc.server(self._pool, options=list(settings.items()), interceptors=[self._door])
         prediction = {
             "Predict": self._inference("Predict", self._predict),
             "Classify": self._inference("Classify", self._of_examples(protocol.ClassificationRequest, "classify")),
@@ -158,6 +212,7 @@ class Grpc:
             handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
             self._server.add_registered_method_handlers(service, handlers)
+            self._door.calls |= {f"/{service}/{name}": call for name, call in calls.items()}
         self.health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         for module in (health_pb2, reflection_pb2):
@@ -192,6 +247,7 @@ class Grpc:
     def close(self) -> None:
         """Let the threads go, once what `stop` returns is set."""
         self._pool.close()
+        self._door.close()
 
     # Calls: bytes -> bytes.
 
@@ -200,13 +256,10 @@ class Grpc:
 
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
             begun = time.perf_counter() - here.waited
-            stages, code, inside, reply, details = Stages(api, waiting), grpc.StatusCode.OK, False, None, ""
+            stages, code, reply, details = Stages(api, waiting), grpc.StatusCode.OK, None, ""
             stages.queue = here.waited
             sent = {name: value for name, value in context.invocation_metadata() if name in HEADERS}
             try:
-                if not core.gate.open:
-                    core.gate.enter(sent.get("authorization", ""))
-                    inside = True
                 left = context.time_remaining()
                 until = None if left is None or left > FAR else time.monotonic() + left
                 reply = work(data, stages, until)
@@ -221,9 +274,6 @@ class Grpc:
             except Exception as error:
                 code, details = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
                 log.exception("%s of %s failed%s", api, stages.model or "no model", told(sent))
-            finally:
-                if inside:
-                    core.gate.leave()
             if sent.keys() - USUAL:
                 context.set_trailing_metadata(trailing(sent, stages))
             if stages.model is not None:
