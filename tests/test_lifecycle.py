@@ -22,6 +22,7 @@ import psutil
 import pytest
 import serving_models
 from conftest import until
+from google.protobuf import text_format
 from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
 
 from shared.serving import protocol, servable
@@ -286,6 +287,18 @@ def test_labels_and_reload(base, versions, tmp_path, caplog):
         (tmp_path / "config").write_text("nonsense {")  # is logged, and changes nothing
         until(lambda: "the new configuration is not taken: Error parsing" in caplog.text)
         assert answer(client, label="old") == 1
+
+
+def test_a_logging_config_is_refused_as_tensorflow_serving_refuses_it(base, tmp_path):
+    asked = config(base, "logging_config { sampling_config { sampling_rate: 0.5 } }")
+    (tmp_path / "config").write_text(asked)
+    with pytest.raises(ValueError, match=r"No request-logger-creator provided\. .*take it out and give --request_log"):
+        Server(Flags(model_config_file=str(tmp_path / "config"), port=-1))
+    with Server(Flags(models=str(base.parent), **FAST)) as server:
+        with pytest.raises(ValueError, match="No request-logger-creator provided"):
+            server.reconfigure(text_format.Parse(asked, protocol.ModelServerConfig(), descriptor_pool=protocol.pool))
+        with Client(server.address) as client:
+            assert answer(client) == 1
 
 
 def test_reload_over_grpc(base, versions, tmp_path):

@@ -201,6 +201,9 @@ class Models:
                               f"model_platform for model {one.name}")  # fmt: skip
             if one.model_platform not in ("", "tensorflow"):
                 raise invalid(f"Servable {one.name} requests unsupported platform {one.model_platform}")
+            if one.HasField("logging_config"):  # TensorFlow Serving's words, and what to do
+                raise invalid(f"No request-logger-creator provided. Model {one.name} has a logging_config; take it out "
+                              "and give --request_log, which writes down requests to all models")  # fmt: skip
         kept = {}
         for one in config.model_config_list.config:
             model = self._models.get(one.name) or self._gone.get(one.name) or Model(one)
