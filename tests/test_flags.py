@@ -289,7 +289,7 @@ def test_a_request_log_may_change_while_a_request_is_answered(tree, tmp_path, mo
     wants = Recorder.wants
 
     def changing(recorder):
-        if "old-" in recorder.path.name:
+        if recorder.prefix.endswith("old"):
             one.reload(dataclasses.replace(one.flags, request_log=after and str(tmp_path / after)))
         return wants(recorder)
 
@@ -301,13 +301,42 @@ def test_a_request_log_may_change_while_a_request_is_answered(tree, tmp_path, mo
                 assert client.predict("affine", X)["y"].shape == (1, 2)
             assert (one.core.recorder is not None) == bool(after)
     # What came after the change is in the new one.
-    assert len(list(tmp_path.glob("old-*"))) == 2
+    assert not list(tmp_path.glob("old-*"))
     assert [len(list(records(path))) for path in tmp_path.glob("new-*")] == ([1, 1] if after else [])
 
 
 def test_each_request_log_is_a_file_of_its_own(tmp_path):
-    logs = [Recorder(str(tmp_path / "log"), 1.0) for _ in range(3)]
-    assert len({log.path for log in logs}) == 3
+    asked = protocol.PredictRequest()
+    asked.model_spec.name = "../a/b"  # never a path
+    for log in [Recorder(str(tmp_path / "logs" / "log"), 1.0) for _ in range(3)]:
+        log.write("predict_log", asked.SerializeToString(), b"")
+        log.close()
+    files = list((tmp_path / "logs").iterdir())
+    assert len(files) == 3
+    assert all(file.name.startswith("log-..%2Fa%2Fb-") for file in files)
+
+
+def test_each_model_has_a_request_log_which_is_a_warm_up_of_its(tmp_path):
+    judge, models = serving_models.Judge(), tmp_path / "models"
+    serving_models.save(serving_models.Affine(), models / "affine" / "1")
+    serving_models.save(judge, models / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress})
+    with (
+        serving(models, request_log=str(tmp_path / "log"), request_log_rate=1.0) as one,
+        grpc.insecure_channel(one.address) as channel,
+        Client(one.address) as client,
+    ):
+        client.predict("affine", X)
+        for name, message in of_examples().items():
+            channel.unary_unary(f"/{protocol.PREDICTION}/{name}")(message.SerializeToString(), timeout=20)
+    for model, count in (("affine", 1), ("judge", 3)):
+        (path,) = tmp_path.glob(f"log-{model}-*.tfrecord")
+        assert len(list(records(path))) == count
+        (models / model / "1" / "assets.extra").mkdir()
+        path.rename(models / model / "1" / "assets.extra" / "tf_serving_warmup_requests")
+    with serving(models, rest_api_port=-1) as one:
+        text = get(one.rest_address, "/monitoring/prometheus/metrics")[2]
+    for model in ("affine", "judge"):
+        assert f':tensorflow:serving:model_warmup_latency_count{{model_path="{model}",status="OK"}} 1' in text
 
 
 def test_a_warm_up_that_fails_fails_the_version(tree, tmp_path):

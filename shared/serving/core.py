@@ -37,5 +37,5 @@ class Core:
             recorder.write(kind, request, reply)
         except Exception as error:  # OSError and TensorFlow's own
             if self.recorder is recorder:  # else new flags have closed it meanwhile
-                log.error("recording ends, %s cannot be written: %s", recorder.path, error)
+                log.error("recording ends, the files %s-… cannot be written: %s", recorder.prefix, error)
                 self.recorder = None

@@ -58,7 +58,7 @@ class Flags:
     max_requests_per_second: float = 0.0  # more are refused; 0: any
     max_requests_at_a_time: int = 0  # more are refused; 0: any
     client_header_timeout_seconds: float = 60.0  # for a REST client's handshake, then its headers, then its body
-    request_log: str = ""  # write requests and answers to TFRecord files whose names begin so
+    request_log: str = ""  # write requests and answers to TFRecord files whose names begin so, one a model
     request_log_rate: float = 0.01  # share of the requests that are written
     log_format: str = "text"  # of the log on stderr: text or json
     access_log: bool = False  # a line for every request

@@ -1,11 +1,14 @@
 """Who may ask, how much and how often; and the log of what was asked."""
 
 import hmac
+import os
 import random
 import threading
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -56,17 +59,27 @@ class Gate:
 
 
 class Recorder:
-    """Writes a sample of the requests as PredictionLog records, which serve as warm-up or as an evaluation set."""
+    """Writes a sample of the requests as PredictionLog records, which serve as warm-up or as an evaluation set.
+
+    Each model has a file of its own, for what is a request to one is none to another.
+    """
 
     def __init__(self, prefix: str, rate: float):
-        """Write to `PREFIX-TIME.tfrecord` that share of the requests; OSError where the folder cannot be written to."""
+        """Write that share of the requests to `PREFIX-MODEL-TIME.tfrecord`; OSError where the folder is not to be had.
+
+        The file of a model is there from its first record on.
+        """
         import tensorflow as tf
 
+        folder = Path(f"{prefix}-").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to, so there can be no log of requests")
+        self.prefix, self._rate, self._lock = prefix, rate, threading.Lock()
         # To the microsecond: the writer would empty the file of another that began in the same second.
-        path = Path(f"{prefix}-{datetime.now():%Y%m%d-%H%M%S-%f}.tfrecord")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._rate, self._lock = path, rate, threading.Lock()
-        self._writer = tf.io.TFRecordWriter(str(path))
+        self._began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self._open, self._closed = tf.io.TFRecordWriter, False
+        self._writers: dict[str, Any] = {}  # by model
         self._random = random.Random()
 
     def wants(self) -> bool:
@@ -79,11 +92,20 @@ class Recorder:
         log = getattr(record, kind)
         log.request.MergeFromString(request)
         log.response.MergeFromString(reply)
+        spec = log.request.tasks[0].model_spec if kind == "multi_inference_log" else log.request.model_spec
         with self._lock:
-            self._writer.write(record.SerializeToString())
-            self._writer.flush()
+            if self._closed:
+                raise OSError("it is closed")
+            if spec.name not in self._writers:
+                model = quote(spec.name, safe="")
+                self._writers[spec.name] = self._open(f"{self.prefix}-{model}-{self._began}.tfrecord")
+            writer = self._writers[spec.name]
+            writer.write(record.SerializeToString())
+            writer.flush()
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the files."""
         with self._lock:
-            self._writer.close()
+            self._closed = True
+            for writer in self._writers.values():
+                writer.close()
