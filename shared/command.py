@@ -73,6 +73,8 @@ class Load(Server):
     rate: float = 0.0  # requests a second, sent when they are due whatever the server does; 0: callers as above
     batch: int = 1  # examples of one request: the same, repeated
     saved_models: str = "saved_models"  # folder of exported versions, for the warm-up request
+    # a log of `cornucopia serve --request_log`: its requests are sent, and the answers compared with those recorded
+    requests: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

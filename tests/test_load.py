@@ -13,7 +13,7 @@ import pytest
 import stand_in
 from conftest import ROOT
 
-from shared.serving import client, load, protocol
+from shared.serving import client, load, protocol, replay
 from shared.serving.client import ServerError
 
 BOTH = pytest.mark.parametrize("over", [stand_in.over_grpc, stand_in.over_rest], ids=["grpc", "rest"])
@@ -184,6 +184,64 @@ def test_the_warm_up_request_is_sent(tmp_path, capsys):
         assert load.load("adder", {}, address=address, seconds=0.2, saved_models=tmp_path)
     assert "with the first request of" in capsys.readouterr().out
     assert {method for method, _ in server.calls} == {"Predict"}  # no metadata is needed
+
+
+def test_recorded_requests_are_sent_again_and_their_answers_compared(tmp_path, capsys):
+    import serving_models
+
+    from shared.serving.flags import Flags
+    from shared.serving.server import Server
+
+    judge, models = serving_models.Judge(), tmp_path / "models"
+    serving_models.save(serving_models.Affine(), models / "affine" / "1")
+    serving_models.save(judge, models / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress})
+    flags = {"models": str(models), "port": -1, "request_log": str(tmp_path / "log"), "request_log_rate": 1.0}
+    several = protocol.MultiInferenceRequest()
+    for signature, method in (("", "classify"), ("regress", "regress")):
+        task = several.tasks.add(method_name=f"tensorflow/serving/{method}")
+        task.model_spec.name, task.model_spec.signature_name = "judge", signature
+    several.input.example_list.examples.add()
+    with Server(Flags(**flags)) as server, client.Client(server.address) as asking:
+        for value in (0.0, 0.0001, 1.0, 2.0):
+            asking.predict("affine", {"x": np.full((1, 2), value, np.float32)}, version=1)
+        asking.classify("judge", [{"x": 1.0}])
+        asking.regress("judge", [{"x": 1.0}, {"x": 2.0}], signature="regress")
+        with grpc.insecure_channel(server.address) as channel:
+            channel.unary_unary(f"/{protocol.PREDICTION}/MultiInference")(several.SerializeToString(), timeout=20)
+    (affine,), (judged,) = tmp_path.glob("log-affine-*"), tmp_path.glob("log-judge-*")
+    extra = protocol.PredictionLog()
+    extra.predict_log.request.CopyFrom(client.request("affine", {"x": np.ones((1, 2), np.float32)}))
+    write_records(tmp_path / "more" / "log", extra.SerializeToString())
+    affine.write_bytes(affine.read_bytes() + (tmp_path / "more" / "log").read_bytes())
+    serving_models.save(serving_models.Affine(3.0), models / "affine" / "2")  # 0 stays, and what is near it
+    (models / "same").symlink_to(models / "judge")  # under another name
+    with Server(Flags(models=str(models), port=-1)) as server:
+        assert load.load("affine", {}, address=server.address, seconds=0.5, requests=str(affine))
+        said = capsys.readouterr().out
+        assert f"with the 5 requests of {affine}, 8 at once, for 0.5 s\n" in said
+        assert said.endswith("answers    2 of 4 (50.0 %) equal those recorded; 1 recorded without an answer\n")
+        assert load.load("same", {}, address=server.address, seconds=0.5, requests=str(judged))
+        assert capsys.readouterr().out.endswith("answers    3 of 3 (100.0 %) equal those recorded\n")
+        with pytest.raises(ValueError, match="sends over gRPC what was recorded"):
+            load.load("affine", {}, address=server.address, batch=2, requests=str(affine))
+    session = protocol.PredictionLog()
+    session.session_run_log.SetInParent()
+    wrong = {"holds no request": [], "record 0 of .* is no PredictionLog": [b"\xff"],
+             "is a session_run_log": [session.SerializeToString()]}  # fmt: skip
+    for number, (text, bodies) in enumerate(wrong.items()):
+        write_records(tmp_path / str(number) / "log", *bodies)
+        with pytest.raises(ValueError, match=text):
+            load.load("affine", {}, requests=str(tmp_path / str(number) / "log"))
+
+
+def test_what_counts_as_equal():
+    a, b = np.array([1.0, np.nan], np.float32), np.array([b"x"], object)
+    for one, other, expected in (
+        (a, a * np.float32(1.0005), True), (a, a * np.float32(1.01), False), (a, a.astype(float), False),
+        (a, a[None], False), (b, b.copy(), True), (b, np.array([b"y"], object), False),
+        (np.array([1]), np.array([2]), False), (np.array([1j]), np.array([1.0001j]), True),
+    ):  # fmt: skip
+        assert replay._alike(one, other) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 
-from shared.serving import ask, protocol, tensors, tls
+from shared.serving import ask, protocol, replay, tensors, tls
 from shared.serving.client import Call, Client, Inputs, ServerError, channel, request
 from shared.serving.records import records
 
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")  # in the folder of a version
 TRACED = 10  # one request in so many asks the server for its stages
 MOST = 256  # requests in flight at a given rate; later ones wait for their turn, and their wait counts
+TRACE = ("server-timing", "1")  # asks the server for its stages
 STAGES = {"run": "the network ran", "queue": "in the queue", "decode": "decoding", "encode": "encoding"}
 Stages = dict[str, float]  # milliseconds by name, and the size of the batch that ran as `batch`
 
@@ -45,10 +46,12 @@ def load(
     seconds: float = 10.0,
     rate: float = 0.0,
     saved_models: Path = Path("saved_models"),
+    requests: str = "",
 ) -> bool:
     """Load a server with requests to a model and print what came of it; whether every request was answered.
 
-    `token` and `certificate` are as for Client.
+    `token` and `certificate` are as for Client. `requests` is the path of a log of requests, which are sent in turn in
+    place of one made here, over gRPC, and whose answers are compared with those recorded.
 
     Raises:
         ValueError: the server refuses the first request, the inputs are not what the model takes, or a file of the
@@ -57,7 +60,20 @@ def load(
     """
     if batch < 1:
         raise ValueError(f"a request needs 1 example or more, not {batch}")
+    if requests and (values or signature or batch > 1 or address.startswith(("http://", "https://"))):
+        raise ValueError("--requests sends over gRPC what was recorded; give no inputs, --signature or --batch beside "
+                         "it, and no REST address")  # fmt: skip
+    pace = f"{rate:g} requests/s" if rate else f"{concurrency} at once"
     try:
+        if requests:
+            recorded, answers = replay.read(Path(requests), model), {}
+            print(f"{model} at {address} with the {len(recorded)} requests of {requests}, {pace}, for {seconds:g} s")
+            messages = [(one.method, one.body) for one in recorded]
+            with _sending(address, messages, token=token, certificate=certificate, answers=answers) as call:
+                call(False)
+                result = run(call, concurrency=concurrency, seconds=seconds, rate=rate)
+            print(f"{describe(result)}\n{'answers':<10} {replay.compared(recorded, answers)}")
+            return not result.errors
         found = None if values else warm_up(saved_models / model, signature)
         if not found:
             with Client(address, token=token, certificate=certificate, retries=0) as client:
@@ -69,7 +85,7 @@ def load(
         }
         message = request(model, repeated, signature=signature)
         print(f"{model} at {address} with {origin}, {batch} {'example' if batch == 1 else 'examples'} a request, "
-              + (f"{rate:g} requests/s" if rate else f"{concurrency} at once") + f", for {seconds:g} s")  # fmt: skip
+              f"{pace}, for {seconds:g} s")  # fmt: skip
         with calling(address, message, token=token, certificate=certificate) as call:
             call(False)
             result = run(call, concurrency=concurrency, seconds=seconds, rate=rate)
@@ -121,26 +137,55 @@ def calling(
 
     Called with True it asks the server for its stages, and returns them where the server tells.
     """
-    plain = [("authorization", f"Bearer {token}")] if token else []
-    traced = [*plain, ("server-timing", "1")]
-    files = [Path(path) for path in certificate]
     if address.startswith(("http://", "https://")):
-        context = tls.client_context(files) if address.startswith("https://") else None
+        plain = _headers(token)
+        context = tls.client_context(list(map(Path, certificate))) if address.startswith("https://") else None
         with contextlib.ExitStack() as opened:
-            yield _rest_call(address, message, plain, traced, timeout, context, opened)
+            yield _rest_call(address, message, plain, [*plain, TRACE], timeout, context, opened)
         return
-    body = message.SerializeToString()
-    with channel(address.removeprefix("grpc://"), files, retries=0) as connection:
-        predict = connection.unary_unary(f"/{protocol.PREDICTION}/Predict")  # without serializers: bytes as they are
+    messages = [("Predict", message.SerializeToString())]
+    with _sending(address, messages, token=token, certificate=certificate, timeout=timeout) as call:
+        yield call
+
+
+def _headers(token: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {token}")] if token else []
+
+
+@contextlib.contextmanager
+def _sending(
+    address: str,
+    messages: Sequence[tuple[str, bytes]],
+    *,
+    token: str,
+    certificate: Sequence[str | Path],
+    timeout: float = 60.0,
+    answers: dict[int, bytes] | None = None,
+) -> Iterator[Callable[[bool], Stages | None]]:
+    """As `calling`, over gRPC and with several messages in turn, each with the name of its call.
+
+    The last answer to each, by its number, goes to `answers`.
+    """
+    plain, turn = _headers(token), itertools.count()
+    traced = [*plain, TRACE]
+    with channel(address.removeprefix("grpc://"), list(map(Path, certificate)), retries=0) as connection:
+        # Without serializers: bytes as they are.
+        calls = {name: connection.unary_unary(f"/{protocol.PREDICTION}/{name}") for name, _ in messages}
 
         def call(trace: bool) -> Stages | None:
+            number = next(turn) % len(messages)
+            name, body = messages[number]
             try:
-                if not trace:
-                    predict(body, timeout=timeout, metadata=plain)
-                    return None
-                _, done = predict.with_call(body, timeout=timeout, metadata=traced)
+                if trace:
+                    answer, done = calls[name].with_call(body, timeout=timeout, metadata=traced)
+                else:
+                    answer = calls[name](body, timeout=timeout, metadata=plain)
             except grpc.RpcError as error:
                 raise ServerError(error.code(), error.details()) from error
+            if answers is not None:
+                answers[number] = answer
+            if not trace:
+                return None
             return stages(dict(done.trailing_metadata() or ()).get("server-timing", ""))
 
         yield call
