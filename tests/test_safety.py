@@ -16,7 +16,7 @@ import serving_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from shared.serving import protocol
+from shared.serving import protocol, tensors
 from shared.serving.client import Client, ServerError, request
 from shared.serving.flags import Flags
 from shared.serving.refusal import invalid
@@ -186,6 +186,78 @@ def test_thousands_of_idle_connections(running):
         assert posted(running, b'{"instances": [[1, 2]]}')[0] == 200
         assert time.monotonic() - begun < 2
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_thousand_idle_connections_over_grpc(running):
+    """Half of them say nothing, half are channels of gRPC that ask nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1000
+    if hard < 6 * wanted:
+        pytest.skip(f"this machine allows {hard} open files; {6 * wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 6 * wanted), hard))
+    host, _, port = running.address.rpartition(":")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
+    with contextlib.ExitStack() as opened:
+        for number in range(wanted):
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            if number % 2:
+                connection.sendall(preface)
+        assert connection.recv(100)  # the server's own settings: they are taken for clients
+        with Client(running.address, retries=0, timeout=10) as client:
+            begun = time.monotonic()
+            assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+            assert time.monotonic() - begun < 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_message_above_the_limit_is_refused_unread(tmp_path):
+    serving_models.save(serving_models.Affine(), tmp_path / "affine" / "1")
+    large = request("affine", {"x": np.zeros((2_500_000, 2), np.float32)}).SerializeToString()
+    with (
+        Server(Flags(models=str(tmp_path), port=-1, max_request_bytes=1_000_000)) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        call = channel.unary_unary(f"/{protocol.PREDICTION}/Predict")
+        before = psutil.Process().memory_info().rss
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as error:
+                call(large, timeout=20)
+            assert error.value.code().name == "RESOURCE_EXHAUSTED"
+            assert "larger than max (20000" in error.value.details()
+            assert call(request("affine", X).SerializeToString(), timeout=20)  # over the same connection
+        assert psutil.Process().memory_info().rss - before < 100_000_000
+
+
+def nested(inside, *tags, depth=1):
+    """Fields within fields, so many times as deep; their tags from without to within."""
+    for _ in range(depth):
+        for tag in reversed(tags):
+            inside = tag + tensors._varint(len(inside)) + inside
+    return inside
+
+
+def groups(depth):
+    """Of field 100, which nobody knows: each opens within the one before."""
+    return b"\xa3\x06" * depth + b"\xa4\x06" * depth
+
+
+NESTED = {
+    # inputs { value { variant_val { tensors { variant_val { ...
+    "tensors": ("Predict", lambda depth: nested(nested(b"", b"\x7a", b"\x1a", depth=depth), b"\x12", b"\x12")),
+    "groups": ("Predict", groups),
+    # input { example_list { examples { ...
+    "groups in an example": ("MultiInference", lambda depth: nested(groups(depth), b"\x12", b"\x0a", b"\x0a")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make"), NESTED.values(), ids=NESTED.keys())
+def test_deep_nesting_over_grpc(calls, name, make):
+    assert code_of(calls[name], make(10)) == "INVALID_ARGUMENT"  # the message is one, and names no model
+    for depth in (1_000, 300_000 if make is groups else 5_000):
+        with pytest.raises(grpc.RpcError) as error:
+            calls[name](make(depth), timeout=20)
+        assert error.value.code().name == "INTERNAL"
+        assert error.value.details() == f"the message is no {name} request: it cannot be parsed"
 
 
 def test_clients_that_vanish(running):
