@@ -738,7 +738,7 @@ def test_metrics_are_what_prometheus_reads(tree):
 def judge(tmp_path_factory):
     """A folder of one model, which classifies and regresses."""
     root, module = tmp_path_factory.mktemp("judges"), serving_models.Judge()
-    signatures = {"serving_default": module.classify, "regress": module.regress}
+    signatures = {"serving_default": module.classify, "classify": module.classify, "regress": module.regress}
     serving_models.save(module, root / "judge" / "1", signatures)
     return root
 
@@ -831,19 +831,9 @@ def warm_up_log(kind):
     return log
 
 
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    """A saved version of a model that classifies and regresses."""
-    root = tmp_path_factory.mktemp("judge")
-    module = serving_models.Judge()
-    signatures = {"serving_default": module.classify, "classify": module.classify, "regress": module.regress}
-    serving_models.save(module, root / "1", signatures)
-    return root / "1"
-
-
 def warmed(judge, root, logs, **changes):
     """A server of that model with these warm-up records."""
-    shutil.copytree(judge, root / "judge" / "1")
+    shutil.copytree(judge / "judge" / "1", root / "judge" / "1")
     (root / "judge" / "1" / "assets.extra").mkdir()
     with tf.io.TFRecordWriter(str(root / "judge" / "1" / "assets.extra" / "tf_serving_warmup_requests")) as writer:
         for log in logs:
