@@ -159,18 +159,37 @@ def test_a_bomb_of_zeros_meets_the_limit(tmp_path):
         assert psutil.Process().memory_info().rss - before < 100_000_000
 
 
+def hung_up_on_after(connection):
+    """Seconds until a client that sends its headers slowly cannot go on."""
+    begun, headers = time.monotonic(), iter(b"GET /livez HTTP/1.1\r\nX: " + bytes(b"x" * 50))
+    with contextlib.suppress(OSError):
+        for byte in headers:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.2)
+    return time.monotonic() - begun
+
+
 def test_slow_clients_are_hung_up_on(running):
     with connected(running) as nothing, connected(running) as dripping, connected(running) as half:
         half.sendall(b"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        begun = time.monotonic()
-        with contextlib.suppress(OSError):
-            while time.monotonic() - begun < 10:
-                dripping.sendall(b"G")
-                time.sleep(0.2)
-        assert 0.5 < time.monotonic() - begun < 5
+        assert 0.5 < hung_up_on_after(dripping) < 5
         with contextlib.suppress(ConnectionResetError):
             assert nothing.recv(100) == b""
         assert b" 504 " in half.recv(65536)
+
+
+def test_slow_clients_are_hung_up_on_at_their_next_request_too_and_idle_ones_are_not(running):
+    def asks(connection):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        return connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+    with connected(running) as dripping, connected(running) as idle:
+        assert asks(dripping)
+        assert asks(idle)
+        assert 0.5 < hung_up_on_after(dripping) < 5
+        assert asks(idle)
+        time.sleep(1.2)
+        assert asks(idle)  # the time of a request that was answered has ended
 
 
 def test_thousands_of_idle_connections(running):

@@ -258,24 +258,48 @@ class Rest:
 
 
 class _Connection(web.RequestHandler):
-    """A connection whose client must send its first request's headers in time, or is hung up on."""
+    """A connection whose client must send a request's headers in time, or is hung up on.
+
+    The time of the first request's begins with the connection, that of another's with its first byte: in between a
+    connection may idle.
+    """
 
     def __init__(self, *arguments, patience: float, **named):
         super().__init__(*arguments, **named)
         self._patience, self._clock = patience, None
+        self._asked = False  # whether a byte of a request has come that has not been answered
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.wire = transport
-        self._clock = asyncio.get_running_loop().call_later(self._patience, transport.abort)
+        self._start_clock()
+
+    def data_received(self, data: bytes) -> None:
+        if data and not self._asked:
+            self._asked = True
+            self._start_clock()
+        super().data_received(data)
 
     def connection_lost(self, error: BaseException | None) -> None:
         self.in_time()
         super().connection_lost(error)
 
+    def _start_clock(self) -> None:
+        if not self._clock:
+            self._clock = asyncio.get_running_loop().call_later(self._patience, self.wire.abort)
+
     def in_time(self) -> None:
         """The headers have come."""
-        self._clock.cancel()
+        self._asked = True  # also where they came behind those before them
+        if self._clock:
+            self._clock.cancel()
+            self._clock = None
+
+    async def finish_response(self, *arguments) -> tuple[web.StreamResponse, bool]:
+        try:
+            return await super().finish_response(*arguments)
+        finally:
+            self._asked = False
 
 
 class _Web(web.Server):
