@@ -4,11 +4,16 @@ import contextlib
 import dataclasses
 import gc
 import json
+
+
+import http.client
 import logging
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -530,6 +535,134 @@ def test_a_stopped_server_answers_what_is_in_flight_and_leaves_no_thread(base, m
             thread.join()
         assert answers == [1] * 4
         until(lambda: not [thread for thread in set(threading.enumerate()) - before if thread.name == "answer"])
+
+
+ASKED = b"GET /v1/models/affine HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextlib.contextmanager
+def connected(server, **options):
+    host, _, port = server.rest_address.rpartition(":")
+    with socket.socket() as connection:
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        yield connection
+
+
+def rest_of(connection):
+    """All that comes until the server hangs up."""
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+    return data
+
+
+@pytest.fixture
+def over_rest(base, monkeypatch):
+    """A server, a semaphore that tells of each request that begins, and an event that lets all of them go on."""
+    begun, go = threading.Semaphore(0), threading.Event()
+    with Server(Flags(models=str(base.parent), rest_api_port=-1, **FAST)) as server:
+
+        def slow(*_):
+            begun.release()
+            go.wait(20)
+            return 200, "text/plain", bytes(10**7)
+
+        monkeypatch.setattr(server._rest, "_answer", slow)
+        yield server, begun, go
+
+
+def stopped(server):
+    """A thread that stops a server, which has begun to."""
+    thread = threading.Thread(target=server.stop, args=(20,))
+    thread.start()
+    until(lambda: not server._rest._listening.is_serving())
+    return thread
+
+
+@pytest.mark.parametrize("when", ["while it is made", "while it is written"])
+def test_a_stopped_server_writes_its_answers_to_their_end(over_rest, when):
+    server, begun, go = over_rest
+    with connected(server, SO_RCVBUF=65536) as slow:
+        slow.sendall(ASKED)
+        assert begun.acquire(timeout=20)
+        read = b""
+        if when == "while it is written":
+            go.set()
+            read = slow.recv(1000)
+        stopping = stopped(server)
+        go.set()
+        time.sleep(0.6)  # far less than the server's 20 seconds
+        head, _, body = (read + rest_of(slow)).partition(b"\r\n\r\n")
+        assert len(body) == 10**7
+        assert (b"Connection: close" in head) == (when == "while it is made")
+    stopping.join(5)
+    assert not stopping.is_alive()
+
+
+def test_a_stopped_server_closes_idle_connections_and_answers_what_has_begun_to_come(over_rest):
+    server, begun, go = over_rest
+    with connected(server) as idle, connected(server) as new, connected(server) as half, connected(server) as gone:
+        idle.sendall(ASKED)
+        go.set()
+        with http.client.HTTPResponse(idle) as answer:
+            answer.begin()
+            assert len(answer.read()) == 10**7
+        assert begun.acquire(timeout=20)
+        go.clear()
+        gone.sendall(ASKED)
+        assert begun.acquire(timeout=20)
+        half.sendall(ASKED[:20])
+        stopping = stopped(server)
+        assert idle.recv(1) == new.recv(1) == b""
+        gone.close()  # who does not wait for an answer is not waited for
+        half.sendall(ASKED[20:])
+        go.set()
+        head, _, body = rest_of(half).partition(b"\r\n\r\n")
+        assert b"Connection: close" in head
+        assert len(body) == 10**7
+    stopping.join(5)
+    assert not stopping.is_alive()
+
+
+def test_a_stopped_server_answers_every_request_that_it_began(base, monkeypatch):
+    begun, answered, ends = [], [], []
+    with Server(Flags(models=str(base.parent), rest_api_port=-1, **FAST)) as server:
+        answers = server._rest._answer
+
+        def slow(*arguments):
+            begun.append(server._rest._listening.is_serving())
+            time.sleep(random.uniform(0.0, 0.03))  # so that at most times some request is being answered
+            return answers(*arguments)
+
+        monkeypatch.setattr(server._rest, "_answer", slow)
+
+        def ask():
+            with contextlib.closing(http.client.HTTPConnection(server.rest_address, timeout=20)) as connection:
+                connection.connect()
+                connection.auto_open = False  # one connection, and no other after its end
+                try:
+                    while True:
+                        connection.request("GET", "/v1/models/affine")
+                        connection.getresponse().read()
+                        answered.append(1)
+                except (ConnectionError, http.client.NotConnected) as error:
+                    ends.append(error)
+
+        asking = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in asking:
+            thread.start()
+        until(lambda: len(answered) > 50)
+        begins = time.monotonic()
+        server.stop(8)
+        assert time.monotonic() - begins < 4
+        for thread in asking:
+            thread.join()
+    assert len(ends) == 8
+    assert len(answered) == len(begun)
+    assert begun.count(False) <= 8  # as each client was told that its connection ends
 
 
 def test_sigterm_while_it_waits_ends_it(tmp_path):

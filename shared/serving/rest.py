@@ -61,7 +61,6 @@ class Rest:
         self._metrics_path, self._patience, self._context = metrics_path, patience, context
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rest")
         self._loop = asyncio.new_event_loop()
-        self._busy = 0
         self._thread = threading.Thread(target=self._loop.run_forever, name="rest", daemon=True)
         self._thread.start()
         try:
@@ -73,23 +72,21 @@ class Rest:
     async def _open(self, host: str, port: int) -> int:
         self._web = _Web(self._handle, request_factory=self._request, access_log=None, keepalive_timeout=3600,
                          patience=self._patience, max_line_size=65536, max_field_size=65536)  # fmt: skip
-        limits = {"ssl_handshake_timeout": self._patience, "ssl_shutdown_timeout": 1.0} if self._context else {}
+        limits = {f"ssl_{what}_timeout": self._patience for what in ("handshake", "shutdown")} if self._context else {}
         self._listening = await self._loop.create_server(self._web, host, port, backlog=1024, ssl=self._context,
                                                          **limits)  # fmt: skip
         return self._listening.sockets[0].getsockname()[1]
 
     def stop(self, grace: float) -> None:
-        """Take no new requests, let those in flight end within some seconds, close the port."""
+        """Take no new requests, let those that have begun be answered within some seconds, close the port."""
 
         async def close():
             self._listening.close()
-            until = time.monotonic() + grace
-            while self._busy and time.monotonic() < until:
-                await asyncio.sleep(0.01)
-            secure = [one.wire for one in self._web.connections] if self._context else []
+            await self._web.drain(grace)
+            left = [one.wire for one in self._web.connections]
             await self._web.shutdown(0.1)
-            for transport in secure:
-                transport.abort()  # there is no waiting for a client to end TLS too
+            for transport in left:
+                transport.abort()  # there is no waiting for a client to read on, nor for it to end TLS too
             left = asyncio.all_tasks() - {asyncio.current_task()}  # handshakes that have not come to their end
             for task in left:
                 task.cancel()
@@ -111,7 +108,6 @@ class Rest:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         request.protocol.in_time()
-        self._busy += 1
         begun, status, stages, inside = time.perf_counter(), "CANCELLED", Stages(""), False  # till there is an answer
         headers = dict(CORS) if self._cors else {}
         headers |= {name: request.headers[name] for name in ("X-Request-Id", "traceparent") if name in request.headers}
@@ -145,7 +141,6 @@ class Rest:
             log.exception("%s %s failed", request.method, request.raw_path)
             error.__traceback__ = error.__context__ = error.__cause__ = None
         finally:
-            self._busy -= 1
             if inside:
                 self._core.gate.leave()
             seconds = time.perf_counter() - begun
@@ -253,7 +248,8 @@ class Rest:
 
     def _gauges(self) -> dict[str, float]:
         served = self._core.models.served()
-        return {"rest_requests_in_flight": self._busy, "versions_served": sum(map(len, served.values())),
+        asked = sum(one.asked for one in self._web.connections)
+        return {"rest_requests_in_flight": asked, "versions_served": sum(map(len, served.values())),
                 "uptime_seconds": time.time() - self._core.started}  # fmt: skip
 
 
@@ -264,24 +260,28 @@ class _Connection(web.RequestHandler):
     connection may idle.
     """
 
-    def __init__(self, *arguments, patience: float, **named):
-        super().__init__(*arguments, **named)
-        self._patience, self._clock = patience, None
-        self._asked = False  # whether a byte of a request has come that has not been answered
+    def __init__(self, web_: "_Web", *, patience: float, **named):
+        super().__init__(web_, **named)
+        self._web, self._patience, self._clock = web_, patience, None
+        self.asked = False  # whether a byte of a request has come that has not been answered
+        self.lost = asyncio.get_running_loop().create_future()  # done when the last byte of the last answer is away
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.wire = transport
+        if self._web.draining:
+            transport.abort()
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
-        if data and not self._asked:
-            self._asked = True
+        if data and not self.asked:
+            self.asked = True
             self._start_clock()
         super().data_received(data)
 
     def connection_lost(self, error: BaseException | None) -> None:
         self.in_time()
+        self.lost.set_result(None)
         super().connection_lost(error)
 
     def _start_clock(self) -> None:
@@ -290,25 +290,41 @@ class _Connection(web.RequestHandler):
 
     def in_time(self) -> None:
         """The headers have come."""
-        self._asked = True  # also where they came behind those before them
+        self.asked = True  # also where they came behind those before them
         if self._clock:
             self._clock.cancel()
             self._clock = None
 
-    async def finish_response(self, *arguments) -> tuple[web.StreamResponse, bool]:
+    async def finish_response(self, request, response, *arguments) -> tuple[web.StreamResponse, bool]:
+        if self._web.draining:
+            response.force_close()
         try:
-            return await super().finish_response(*arguments)
+            return await super().finish_response(request, response, *arguments)
         finally:
-            self._asked = False
+            self.asked = False
+            if self._web.draining:  # since the headers were written
+                response.force_close()
 
 
 class _Web(web.Server):
     def __init__(self, handler: Callable, *, patience: float, **named):
         super().__init__(handler, **named)
-        self._patience = patience
+        self._patience, self.draining = patience, False
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, patience=self._patience, **self._kwargs)
+
+    async def drain(self, grace: float) -> None:
+        """Answer, within some seconds, requests of which a byte has come; close the connections, the idle ones now."""
+        self.draining = True
+        for _ in range(2):
+            await asyncio.sleep(0)  # in this time what has come is read
+        asked = [one.lost for one in self.connections if one.asked]
+        for one in self.connections:
+            if not one.asked:
+                one.force_close()
+        if asked:
+            await asyncio.wait(asked, timeout=grace)
 
 
 _NOTHING = re.compile(r"(?!)")
