@@ -4,12 +4,15 @@ aiohttp takes connections, chunks, compressed bodies and keep-alive; each reques
 """
 
 import asyncio
+import gzip
+import io
 import json
 import logging
 import re
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote_to_bytes
@@ -29,6 +32,7 @@ ASKED = re.compile(r"(?i:/v1/models/([^/:]+)(?:(?:/versions/(\d+))|(?:/labels/([
 TOLD = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?")
 CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, GET",
         "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
+INFLATED = 100 * 2**20  # bytes of a compressed body, as in TensorFlow Serving
 SLACK = 0.05  # seconds beyond a request's time, in which what it waits for says itself that the time is over
 NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
 log = logging.getLogger("cornucopia.serve")
@@ -70,8 +74,9 @@ class Rest:
             raise OSError(f"port {port} of {host} cannot be had: {error.strerror or error}; choose another") from error
 
     async def _open(self, host: str, port: int) -> int:
-        self._web = _Web(self._handle, request_factory=self._request, access_log=None, keepalive_timeout=3600,
-                         patience=self._patience, max_line_size=65536, max_field_size=65536)  # fmt: skip
+        self._web = _Web(self._handle, request_factory=self._request, access_log=None, auto_decompress=False,
+                         keepalive_timeout=3600, patience=self._patience, max_line_size=65536,
+                         max_field_size=65536)  # fmt: skip
         limits = {f"ssl_{what}_timeout": self._patience for what in ("handshake", "shutdown")} if self._context else {}
         self._listening = await self._loop.create_server(self._web, host, port, backlog=1024, ssl=self._context,
                                                          **limits)  # fmt: skip
@@ -162,10 +167,27 @@ class Rest:
             text = f"the body did not come within {self._patience:g} seconds"
             raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
         except web.HTTPRequestEntityTooLarge:
-            text = f"the body is larger than the {self._largest} bytes that this server takes"
-            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
+            raise self._too_large() from None
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise invalid(f"the body cannot be read: {error}") from error
+
+    def _inflated(self, body: bytes) -> bytes:
+        """A body that came compressed, of which no more is inflated than may be taken."""
+        most = min(self._largest or INFLATED, INFLATED)
+        try:
+            body = gzip.GzipFile(fileobj=io.BytesIO(body)).read(most + 1)
+        except (EOFError, OSError, zlib.error) as error:
+            raise invalid(f"the body cannot be read: {error}") from error
+        if len(body) <= most:
+            return body
+        if most == self._largest:
+            raise self._too_large()
+        # TensorFlow Serving takes such a body for none.
+        raise invalid(f"JSON Parse error: The document is empty, for it has more than {INFLATED} bytes uncompressed")
+
+    def _too_large(self) -> RefusedError:
+        text = f"the body is larger than the {self._largest} bytes that this server takes"
+        return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     def _answer(self, request: web.BaseRequest, body: bytes, stages: Stages, until: float) -> tuple[int, str, bytes]:
         """HTTP status, type and body of the answer."""
@@ -190,6 +212,8 @@ class Rest:
             spec.version_label = _decoded(label)
         stages.model = self._core.models.known(spec.name)
         if method == "POST":
+            if "gzip" in request.headers.get("Content-Encoding", ""):
+                body = self._inflated(body)
             return 200, "application/json", self._inference(verb, spec, body, stages, until)
         if not spec.name:
             raise invalid("Missing model name in request.")
