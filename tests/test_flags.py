@@ -210,6 +210,28 @@ def test_what_a_call_waits_for_a_thread_is_told(tree, monkeypatch, capsys):
     assert latency - queue == pytest.approx(20, abs=10)
 
 
+def test_a_server_that_refuses_requests_is_watched_all_the_same(slow, tmp_path):
+    """No limit holds for what is asked for to see an overload, nor does it wait for the threads that are busy."""
+    metrics = "/monitoring/prometheus/metrics"
+    (tmp_path / "token").write_text("secret")
+    limits = {"max_requests_at_a_time": 1, "max_requests_per_second": 0.001, "rest_api_num_threads": 1}
+    with serving(slow, rest_api_port=-1, token_file=str(tmp_path / "token"), **limits) as one:
+        token = {"Authorization": "Bearer secret"}
+        body = json.dumps({"inputs": [str(tmp_path / "go")]}).encode()
+        request = urllib.request.Request(f"http://{one.rest_address}/v1/models/slow:predict", body, headers=token)
+        asking = threading.Thread(target=lambda: urllib.request.urlopen(request, timeout=20).close())
+        asking.start()
+        try:
+            until(lambda: "serving:rest_requests_in_flight 2\n" in get(one.rest_address, metrics, **token)[2])
+            assert get(one.rest_address, "/v1/models/slow", **token)[0] == 429
+            assert get(one.rest_address, metrics, **token)[0] == 200
+            assert get(one.rest_address, metrics)[0] == 401
+            assert [get(one.rest_address, path)[0] for path in ("/livez", "/readyz")] == [200, 200]
+        finally:
+            (tmp_path / "go").touch()
+            asking.join()
+
+
 def test_gate_admits_so_many_at_a_time():
     from shared.serving.gate import Gate
     from shared.serving.refusal import RefusedError

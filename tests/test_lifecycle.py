@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import gc
-import json
-
-
 import http.client
+import json
 import logging
 import os
 import random

@@ -31,12 +31,16 @@ class Gate:
         self._rate, self._most = rate, most
         self.open = not (token or rate or most)
 
-    def enter(self, authorization: str) -> None:
-        """Let a request in, with what it has in its `authorization` header; RefusedError where it may not."""
+    def check(self, authorization: str) -> None:
+        """Look at what a request has in its `authorization` header; RefusedError where that is not the token."""
         if self._expected and not hmac.compare_digest(authorization.encode(errors="replace"), self._expected):
             raise RefusedError(
                 grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is needed: authorization: Bearer …"
             )
+
+    def enter(self, authorization: str) -> None:
+        """Let a request in that has the token, and that the limits admit; RefusedError where it may not."""
+        self.check(authorization)
         with self._lock:
             if self._most and self._inside >= self._most:
                 text = f"{self._inside} requests are being answered, and no more are taken; try again"

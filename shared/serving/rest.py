@@ -33,6 +33,7 @@ TOLD = re.compile(r"(?i)/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/label
 CORS = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, GET",
         "Access-Control-Allow-Headers": "Content-Type"}  # fmt: skip
 INFLATED = 100 * 2**20  # bytes of a compressed body, as in TensorFlow Serving
+HEALTH = ("/livez", "/readyz")  # which a platform asks for without a token
 SLACK = 0.05  # seconds beyond a request's time, in which what it waits for says itself that the time is over
 NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
 log = logging.getLogger("cornucopia.serve")
@@ -117,18 +118,21 @@ class Rest:
         headers = dict(CORS) if self._cors else {}
         headers |= {name: request.headers[name] for name in ("X-Request-Id", "traceparent") if name in request.headers}
         code, kind, body = 200, "application/json", b""
+        watched = request.raw_path in (*HEALTH, self._metrics_path)  # what must be answered above all under overload
         try:
             if request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0
-            if self._core.gate.open or request.path in ("/livez", "/readyz"):
-                pass
-            else:
-                self._core.gate.enter(request.headers.get("Authorization", ""))
+            token = request.headers.get("Authorization", "")
+            if not watched:
+                self._core.gate.enter(token)
                 inside = True
+            elif request.raw_path not in HEALTH:
+                self._core.gate.check(token)
             sent = await self._body(request)
             until = time.monotonic() + self._seconds
-            work = self._loop.run_in_executor(self._pool, self._answer, request, sent, stages, until)
+            pool = None if watched else self._pool  # the loop's own
+            work = self._loop.run_in_executor(pool, self._answer, request, sent, stages, until)
             code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds + SLACK)
             status = "OK"
         except RefusedError as error:
