@@ -232,6 +232,31 @@ def test_a_server_that_refuses_requests_is_watched_all_the_same(slow, tmp_path):
             asking.join()
 
 
+@pytest.mark.parametrize("batching", [False, True])
+def test_the_wait_for_a_thread_is_time_in_the_queue(slow, tmp_path, batching):
+    def ask(name, took):
+        body = json.dumps({"inputs": [str(tmp_path / name)]}).encode()
+        request = urllib.request.Request(f"http://{one.rest_address}/v1/models/slow:predict", body,
+                                         headers={"Server-Timing": "1"})  # fmt: skip
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            took.update(load.stages(answer.headers["Server-Timing"]))
+
+    (tmp_path / "there").touch()
+    with serving(slow, rest_api_port=-1, rest_api_num_threads=1, enable_batching=batching) as one:
+        first, second = {}, {}
+        asking = [threading.Thread(target=ask, args=arguments) for arguments in (("go", first), ("there", second))]
+        try:
+            for number, thread in enumerate(asking, 2):
+                thread.start()
+                until_told(one, f":cornucopia:serving:rest_requests_in_flight {number}")
+            time.sleep(0.3)
+        finally:
+            (tmp_path / "go").touch()
+            for thread in asking:
+                thread.join()
+    assert first["queue"] < 200 < 250 < second["queue"]  # milliseconds
+
+
 def test_gate_admits_so_many_at_a_time():
     from shared.serving.gate import Gate
     from shared.serving.refusal import RefusedError

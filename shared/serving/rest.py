@@ -130,9 +130,9 @@ class Rest:
             elif request.raw_path not in HEALTH:
                 self._core.gate.check(token)
             sent = await self._body(request)
-            until = time.monotonic() + self._seconds
+            until, handed = time.monotonic() + self._seconds, time.perf_counter()
             pool = None if watched else self._pool  # the loop's own
-            work = self._loop.run_in_executor(pool, self._answer, request, sent, stages, until)
+            work = self._loop.run_in_executor(pool, self._answer, request, sent, stages, until, handed)
             code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds + SLACK)
             status = "OK"
         except RefusedError as error:
@@ -193,8 +193,11 @@ class Rest:
         text = f"the body is larger than the {self._largest} bytes that this server takes"
         return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
-    def _answer(self, request: web.BaseRequest, body: bytes, stages: Stages, until: float) -> tuple[int, str, bytes]:
-        """HTTP status, type and body of the answer."""
+    def _answer(
+        self, request: web.BaseRequest, body: bytes, stages: Stages, until: float, handed: float
+    ) -> tuple[int, str, bytes]:
+        """HTTP status, type and body of the answer to what was handed over at a time of `perf_counter`."""
+        stages.queue = time.perf_counter() - handed
         method, path = request.method, request.raw_path
         if not path.lower().startswith("/v1/"):
             return self._beside(method, path)
