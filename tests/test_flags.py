@@ -677,6 +677,19 @@ def test_taken_ports(tree):
             serving(tree, rest_api_port=rest_port)
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_in_either_spelling(tree, host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6 loopback address: {error}")
+    with serving(tree, host=host, rest_api_port=-1) as one:
+        assert one.address == f"[::1]:{one.port}"
+        for address in (one.address, f"http://{one.rest_address}"):
+            with Client(address, retries=0) as client:
+                assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
+
+
 def test_beside_the_contract(tree):
     with serving(tree, rest_api_port=-1) as one, Client(one.address) as client:
         client.predict("affine", X)

@@ -90,14 +90,16 @@ class Server:
 
     def _open(self) -> None:
         flags, core = self.flags, self.core
+        host = flags.host.strip("[]")  # an IPv6 address comes with or without brackets
+        shown = f"[{host}]" if ":" in host else host
         options = {key: int(value) if value.lstrip("-").isdecimal() else value for key, _, value in
                    (pair.partition("=") for pair in flags.grpc_channel_arguments.split(",") if pair)}  # fmt: skip
         threads = flags.grpc_max_threads or (64 if flags.enable_batching else 4 * processors())
         self._grpc = Grpc(core, threads=threads, options=options, largest=flags.max_request_bytes or -1,
                           profiler=flags.enable_profiler)  # fmt: skip
         if flags.port:
-            self.port = self._grpc.bind(f"{flags.host}:{max(flags.port, 0)}", self._credentials)
-            self.address = f"{flags.host}:{self.port}"
+            self.port = self._grpc.bind(f"{shown}:{max(flags.port, 0)}", self._credentials)
+            self.address = f"{shown}:{self.port}"
         if flags.grpc_socket_path:
             self._grpc.bind(f"unix:{flags.grpc_socket_path}")
         if flags.rest_api_port:
@@ -105,7 +107,7 @@ class Server:
             wanted = monitoring.enable or not flags.monitoring_config_file
             self._rest = Rest(
                 core,
-                host=flags.host,
+                host=host,
                 port=max(flags.rest_api_port, 0),
                 threads=flags.rest_api_num_threads or 4 * processors(),
                 seconds=flags.rest_api_timeout_in_ms / 1000,
@@ -115,7 +117,7 @@ class Server:
                 patience=flags.client_header_timeout_seconds,
                 context=self._context,
             )
-            self.rest_address = f"{flags.host}:{self._rest.port}"
+            self.rest_address = f"{shown}:{self._rest.port}"
         self._grpc.start()
 
     def __enter__(self):
