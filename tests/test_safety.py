@@ -12,6 +12,7 @@ import tracemalloc
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import serving_models
 from hypothesis import HealthCheck, given, settings

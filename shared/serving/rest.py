@@ -155,8 +155,9 @@ class Rest:
             seconds = time.perf_counter() - begun
             if stages.model is not None:
                 self._core.metrics.request(stages.model, "REST", status, seconds, stages)
-            if self._core.access is not None:
-                self._core.access("REST", stages, status, seconds, request.headers.get("X-Request-Id", ""))
+            if (access := self._core.access) is not None:  # new flags may take it away
+                ids = (request.headers.get(name, "") for name in ("X-Request-Id", "traceparent"))
+                access("REST", stages, status, seconds, *ids)
         if "Server-Timing" in request.headers:
             headers["Server-Timing"] = timing(stages)
         response = web.Response(status=code, body=body, content_type=kind, headers=headers)
