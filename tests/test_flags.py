@@ -677,6 +677,47 @@ def test_taken_ports(tree):
             serving(tree, rest_api_port=rest_port)
 
 
+def test_the_document_of_the_api(tmp_path):
+    judge, odd = serving_models.Judge(), "a/b {x}:y"
+    serving_models.save(judge, tmp_path / "judge" / "1", {"serving_default": judge.classify, "regress": judge.regress})
+    serving_models.save(serving_models.Affine(), tmp_path / "affine" / "1")
+    models = "".join(f'config {{ name: "{name}" base_path: "{tmp_path / base}" model_platform: "tensorflow" }}'
+                     for name, base in (("judge", "judge"), (odd, "affine")))  # fmt: skip
+    (tmp_path / "models.config").write_text(f"model_config_list {{ {models} }}")
+    (tmp_path / "token").write_text("secret")
+    changes = {"model_config_file": str(tmp_path / "models.config"), "token_file": str(tmp_path / "token")}
+    token = {"Authorization": "Bearer secret"}
+    with server.Server(Flags(port=-1, rest_api_port=-1, **changes)) as one:
+        document = json.loads(get(one.rest_address, "/openapi.json", **token)[2])
+        for path, item in document["paths"].items():
+            if "get" in item:  # what the document says is there
+                path, labelled = path.replace("{version}", "1"), path.endswith("/labels/{label}/metadata")
+                assert get(one.rest_address, path, **token)[0] == (400 if labelled else 200), path
+    try:
+        from openapi_spec_validator import validate
+    except ImportError:  # then by hand
+        pass
+    else:
+        validate(document)
+    where = [f"/v1/models/{name}{tail}" for name in ("judge", "a%2Fb%20%7Bx%7D%3Ay")
+             for tail in ("", "/versions/{version}", "/labels/{label}")]  # fmt: skip
+    verbs = {"get": ["", "/metadata"], "post": [":predict"]}
+    wanted = {(path + tail, method) for path in where for method, tails in verbs.items() for tail in tails}
+    wanted |= {(f"{path}:{verb}", "post") for path in where if "judge" in path for verb in ("classify", "regress")}
+    calls = {(path, method): call for path, item in document["paths"].items() for method, call in item.items()
+             if method != "parameters"}  # fmt: skip
+    assert set(calls) == wanted
+    assert len({call["operationId"] for call in calls.values()}) == len(calls)
+    for path, item in document["paths"].items():
+        declared = [one["name"] for one in item.get("parameters", []) if one["in"] == "path" and one["required"]]
+        assert declared == re.findall("{(.*?)}", path)
+    body = calls["/v1/models/judge:regress", "post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [one["required"] for one in body["anyOf"]] == [["examples", "signature_name"]]
+    assert "$ref" not in json.dumps(document)  # so none that leads nowhere
+    (scheme,) = {name for one in document["security"] for name in one}
+    assert document["components"]["securitySchemes"][scheme] == {"type": "http", "scheme": "bearer"}
+
+
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
 def test_an_ipv6_address_in_either_spelling(tree, host):
     try:
@@ -696,6 +737,7 @@ def test_beside_the_contract(tree):
         assert get(one.rest_address, "/readyz")[::2] == (200, "ok\n")
         assert json.loads(get(one.rest_address, "/models")[2]) == {"affine": {"versions": [1], "latest": 1}}
         document = json.loads(get(one.rest_address, "/openapi.json")[2])
+        assert "security" not in document
         body = document["paths"]["/v1/models/affine:predict"]["post"]["requestBody"]["content"]["application/json"]
         columns, rows = body["schema"]["anyOf"][0]["anyOf"]
         assert (columns["required"], rows["required"]) == (["inputs"], ["instances"])

@@ -27,6 +27,7 @@ class Gate:
 
     def set(self, *, token: str, rate: float, most: int) -> None:
         """Change what is asked for; requests that are inside stay."""
+        self.asks = bool(token)  # for one
         self._expected = f"Bearer {token}".encode() if token else b""
         self._rate, self._most = rate, most
         self.open = not (token or rate or most)

@@ -2,46 +2,102 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from shared.serving.protocol import SignatureDef
 from shared.serving.servable import DEFAULT, Servable
+from shared.serving.tensors import STRING
 
 INTEGERS = {3, 4, 5, 6, 9, 17, 22, 23}
 FLOATS = {1, 2, 14, 19}
+OBJECT = {"type": "object"}
+CHOICES: dict[str, dict[str, Any]] = {  # of a version; none: the newest
+    "": {},
+    "/versions/{version}": {
+        "name": "version", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0},
+    },
+    "/labels/{label}": {"name": "label", "in": "path", "required": True, "schema": {"type": "string"}},
+}  # fmt: skip
+PAIR = {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}], "minItems": 2, "maxItems": 2}
+RESULTS = {
+    verb: {"type": "object", "properties": {"results": {"type": "array", "items": items}}, "required": ["results"]}
+    for verb, items in (("classify", {"type": "array", "items": PAIR}), ("regress", {"type": "number"}))
+}
 
 
-def document(served: Mapping[str, Mapping[int, Servable]]) -> dict[str, Any]:
-    """OpenAPI 3.1 for the newest version of each model: name -> number -> version."""
+def document(served: Mapping[str, Mapping[int, Servable]], *, token: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 for the newest version of each model, name -> number -> version; `token`: whether one is needed."""
     paths: dict[str, Any] = {}
-    for name, versions in served.items():
+    for called, versions in served.items():
         if not versions:
             continue
         newest = versions[max(versions)]
-        where = f"/v1/models/{name}"
-        paths[where] = {"get": _call(f"State of the versions of {name}", {"type": "object"})}
-        paths[f"{where}/metadata"] = {"get": _call(f"Signatures of {name}", {"type": "object"})}
         definitions = {key: one for key, one in newest.definitions.items() if not key.startswith("__")}
         # The default signature first: what a reader of the document tries.
         keys = sorted(definitions, key=lambda key: (key != DEFAULT, key))
-        bodies = [_body(key, definitions[key]) for key in keys]
-        answers = [_answer(definitions[key]) for key in keys]
-        call = _call(f"Ask {name}, version {newest.version}", {"anyOf": answers})
-        call["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"anyOf": bodies}}}}
-        paths[f"{where}:predict"] = {"post": call}
+        calls = {"predict": _post([_body(key, definitions[key]) for key in keys],
+                                  {"anyOf": [_answer(definitions[key]) for key in keys]})}  # fmt: skip
+        for verb, takes in (("classify", _classifies), ("regress", _regresses)):
+            if fit := [key for key in keys if takes(definitions[key])]:
+                calls[verb] = _post([_examples(key) for key in fit], RESULTS[verb])
+        # Names are data, as the server decodes them: no brace of one opens a parameter.
+        name = quote(called, safe="")
+        where = f"/v1/models/{name}"
+        for tail, parameter in CHOICES.items():
+            at = {"parameters": [parameter]} if parameter else {}
+            by = f" by {parameter['name']}" if parameter else ""
+            paths[f"{where}{tail}"] = at | {"get": _call(f"status of {name}{by}", OBJECT)}
+            paths[f"{where}{tail}/metadata"] = at | {"get": _call(f"metadata of {name}{by}", OBJECT)}
+            for verb, call in calls.items():
+                paths[f"{where}{tail}:{verb}"] = at | {"post": _call(f"{verb} with {name}{by}", **call)}
     information = {"title": "Models served by Cornucopia", "version": "1", "description":
-                   "TensorFlow Serving's REST API. Bytes are {\"b64\": base64}."}  # fmt: skip
-    return {"openapi": "3.1.0", "info": information, "paths": paths}
+                   "TensorFlow Serving's REST API. Bytes are {\"b64\": base64}. Bodies and answers are those of each "
+                   "model's newest version."}  # fmt: skip
+    security = {"security": [{"token": []}]} if token else {}
+    components = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if token else {}
+    return {"openapi": "3.1.0", "info": information, **security, "paths": paths, "components": components}
 
 
-def _call(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _classifies(definition: SignatureDef) -> bool:
+    return _takes_examples(definition) and len(definition.outputs) <= 2 and bool(
+        {"classes", "scores"} & set(definition.outputs))  # fmt: skip
+
+
+def _regresses(definition: SignatureDef) -> bool:
+    return _takes_examples(definition) and set(definition.outputs) == {"outputs"}
+
+
+def _takes_examples(definition: SignatureDef) -> bool:
+    return set(definition.inputs) == {"inputs"} and definition.inputs["inputs"].dtype == STRING
+
+
+def _post(bodies: list[dict[str, Any]], schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"anyOf": bodies}}}
+    return {"schema": schema, "requestBody": {"required": True, "content": content}}
+
+
+def _call(does: str, schema: dict[str, Any], **more: Any) -> dict[str, Any]:
     error = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
     return {
-        "summary": summary,
+        "operationId": does,
+        "summary": does.capitalize(),
+        **more,
         "responses": {
             "200": {"description": "the answer", "content": {"application/json": {"schema": schema}}},
             "default": {"description": "an error", "content": {"application/json": {"schema": error}}},
         },
     }
+
+
+def _examples(key: str) -> dict[str, Any]:
+    features = {"type": "object", "description": "a value or a list of values for each feature"}
+    named = [] if key == DEFAULT else ["signature_name"]
+    properties = {**_name(key), "context": features, "examples": {"type": "array", "items": features, "minItems": 1}}
+    return {"type": "object", "title": key, "properties": properties, "required": ["examples", *named]}
+
+
+def _name(key: str) -> dict[str, Any]:
+    return {"signature_name": {"const": key, "default": key} if key != DEFAULT else {"type": "string", "default": key}}
 
 
 def _body(key: str, definition: SignatureDef) -> dict[str, Any]:
@@ -50,7 +106,7 @@ def _body(key: str, definition: SignatureDef) -> dict[str, Any]:
     columns = {"type": "object", "properties": inputs, "required": sorted(inputs)}
     if len(inputs) == 1:
         columns = {"anyOf": [columns, *inputs.values()]}
-    name = {"signature_name": {"const": key, "default": key} if key != DEFAULT else {"type": "string", "default": key}}
+    name = _name(key)
     named = [] if key == DEFAULT else ["signature_name"]
     by_columns = {"type": "object", "title": f"{key}, in columns", "properties": {**name, "inputs": columns},
                   "required": ["inputs", *named]}  # fmt: skip

@@ -273,7 +273,8 @@ class Rest:
                       for name, served in models.served().items()}  # fmt: skip
             return 200, "application/json", json.dumps(listed, indent=1).encode()
         if method == "GET" and path == "/openapi.json":
-            return 200, "application/json", json.dumps(openapi.document(models.served()), indent=1).encode()
+            document = openapi.document(models.served(), token=self._core.gate.asks)
+            return 200, "application/json", json.dumps(document, indent=1).encode()
         if method == "GET" and self._metrics_path and path == self._metrics_path:
             return 200, "text/plain", self._core.metrics.text(self._gauges()).encode()
         return 404, "text/html", NOT_FOUND
