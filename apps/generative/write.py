@@ -49,7 +49,8 @@ class Config(run.Config):
     rate: float = 0.0  # peak learning rate; 0: 0.008, for AdamW 0.003, with a backbone 0.0001, by LoRA 0.001
     decay: float = 0.1  # weight decay; with Muon of its matrices alone
     threads: int = 1  # processors that one operation may take; each step's batch is cut up for them; 0: all, uncut
-    xla: bool = True  # compile the steps: some seconds first, then a fifth faster, but on CPU wide networks are slower
+    # Compile the step, or where parts of a batch learn side by side its update alone; on CPU, wide networks are slower.
+    xla: bool = True
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
 
@@ -416,12 +417,11 @@ def _sizes(config: Config) -> list[int]:
 
 
 def _in_parts(model: keras.Model, sizes: list[int], *, xla: bool):
-    """A training step that learns parts of a batch, of so many windows each, side by side.
+    """A training step that learns parts of a batch, of so many windows each, side by side; `xla` compiles the update.
 
     TensorFlow shares one operation after the other out over all processors, which costs small ones more than it saves.
     """
 
-    @tf.function(jit_compile=xla)
     def gradients(token_ids, targets):
         with tf.GradientTape() as tape:
             loss = model.compute_loss(token_ids, targets, model(token_ids, training=True))
