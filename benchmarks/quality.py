@@ -41,6 +41,7 @@ class Trial:
 
 
 MORE = (
+    Trial("speech.spot", "fsdd", {"accuracy": 0.985}, ("--speaker=",), "official"),
     Trial("rl.ppo", "", {"return": 475.0}, ("--seeds=5",), "seeds"),
     Trial("nlp.classify", "sst2", {"accuracy": 0.88}, ("--epochs=3",), "minilm", MINILM),
     Trial("nlp.classify", "banking77", {"accuracy": 0.93}, ("--epochs=5",), "minilm", MINILM),
