@@ -1,6 +1,7 @@
 """Batches that other hosts make: each example once an epoch, in order, and what is said when they cannot."""
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import re
@@ -39,6 +40,12 @@ def splits(reading=read):
     )  # fmt: skip
 
 
+def end(server):
+    """Stop a server and keep it for ever: in TensorFlow 2.21 a worker's destructor may wait for a thread of its own."""
+    server._stop()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
+
+
 @contextlib.contextmanager
 def servers(count=2):
     """A dispatcher and workers in this process; gives the address and the workers."""
@@ -49,7 +56,7 @@ def servers(count=2):
         yield dispatcher.target, joined
     finally:
         for server in (*joined, dispatcher):
-            server._stop()
+            end(server)
 
 
 @contextlib.contextmanager
@@ -197,8 +204,8 @@ def test_addresses(tmp_path):
             data_service.check(address)
         near = SERVERS.WorkerServer(SERVERS.WorkerConfig(dispatcher_address=target))
         data_service.check(address)
-        near._stop()
-        far._stop()
+        end(near)
+        end(far)
 
 
 def test_a_port_that_is_taken_is_refused():

@@ -33,7 +33,7 @@ def running(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     serving_models.write(root)
     flags = Flags(model_config_file=str(root / "models.config"), port=-1, rest_api_port=-1,
-                  client_header_timeout_seconds=1.0)  # fmt: skip
+                  client_header_timeout_seconds=1.0, allow_version_labels_for_unavailable_models=True)  # fmt: skip
     with Server(flags) as server:
         yield server
 

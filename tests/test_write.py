@@ -163,12 +163,13 @@ def test_loss_by_hand():
         language.loss(np.array([1.0]), np.array([0]))
 
 
-def test_measured_loss_is_that_of_the_network():
+def test_measured_loss_is_that_of_the_network(tmp_path):
     config, splits, model, _ = made()
     nats = [
         keras.losses.sparse_categorical_crossentropy(y, model(x), from_logits=True).numpy().ravel()
         for x, y in splits.test
     ]
+    config = dataclasses.replace(config, runs=str(tmp_path))
     assert write.measure(config, model, splits)["loss"].value == pytest.approx(np.concatenate(nats).mean(), rel=1e-4)
 
 
@@ -536,8 +537,10 @@ def test_a_saved_model_is_measured_on_another_text_in_its_own_tokens(tmp_path, t
     if tokens != "bytes":
         told += "; 12 bytes that no token of the model fits were passed over"  # p, p, c, c, ß, 🙂, y, !
     assert other.about["protocol"] == told
+    config = dataclasses.replace(config, runs=str(tmp_path))
     nats = -float(write.measure(config, model, other)["loss"].value)
     assert -12 < nats < 0
+    assert (tmp_path / "places.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "other.txt").write_text("ß")
     if tokens != "bytes":
         with pytest.raises(ValueError, match=r"the model can read 0 tokens of .*other\.txt; give a longer text in its"):
