@@ -1,6 +1,7 @@
 """What a run costs: time, the share of it spent waiting for input, memory."""
 
 import functools
+import os
 import resource
 import sys
 import time
@@ -88,11 +89,16 @@ def forward_flops(model: keras.Model, splits: Splits) -> float:
 
 @functools.cache
 def peak_flops(size: int = 1024) -> float:
-    """Floating-point operations a second of a float32 product of matrices: the best of five."""
-    a = tf.random.stateless_normal([size, size], [1, 2])
-    multiply = tf.function(lambda x: tf.linalg.matmul(x, x))
-    best = min(_seconds(lambda: multiply(a).numpy()) for _ in range(6))
-    return 2 * size**3 / best
+    """Floating-point operations a second of float32 products of matrices: the best of five.
+
+    There are as many at once as operations fit side by side, where one may not take all processors.
+    """
+    every = os.cpu_count()
+    count = max(1, every // (tf.config.threading.get_intra_op_parallelism_threads() or every))
+    factors = [tf.random.stateless_normal([size, size], [1, seed]) for seed in range(count)]
+    multiply = tf.function(lambda factors: [tf.linalg.matmul(one, one) for one in factors])
+    best = min(_seconds(lambda: [product.numpy() for product in multiply(factors)]) for _ in range(6))
+    return count * 2 * size**3 / best
 
 
 def _seconds(call: Callable[[], object]) -> float:
