@@ -321,15 +321,14 @@ class Grpc:
         def work(data: bytes, stages: Stages, until: float | None) -> bytes:
             begun = time.perf_counter()
             request = kind.FromString(data)
-            if (
-                name == "infer"
-            ):  # its tasks are of one model; as upstream, where there is none, what is missing is its name
+            several = name == "infer"
+            if several:  # tasks of one model; where there are none, as upstream, a name is missing, not the spec
                 spec = request.tasks[0].model_spec if request.tasks else protocol.ModelSpec()
-            elif request.HasField("model_spec"):
-                spec = request.model_spec
             else:
-                raise invalid("Missing ModelSpec")
+                spec = request.model_spec
             stages.model = self._core.models.known(spec.name)
+            if not several and not request.HasField("model_spec"):
+                raise invalid("Missing ModelSpec")
             servable = self._core.models.find(spec)
             stages.decode = time.perf_counter() - begun
             waited = stages.queue
