@@ -203,31 +203,35 @@ def test_slow_clients_are_hung_up_on_at_their_next_request_too_and_idle_ones_are
         assert asks(idle)  # the time of a request that was answered has ended
 
 
-def test_thousands_of_idle_connections(running):
+@contextlib.contextmanager
+def many_files(wanted):
+    """While this block lasts, so many may be open; where the machine allows fewer, the test is skipped."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < wanted:
+        pytest.skip(f"this machine allows {hard} open files; {wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_thousands_of_idle_connections(running):
     wanted = 2000
-    if hard < 3 * wanted:
-        pytest.skip(f"this machine allows {hard} open files; {3 * wanted} are needed")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3 * wanted), hard))
-    with contextlib.ExitStack() as opened:
+    with many_files(3 * wanted), contextlib.ExitStack() as opened:
         for _ in range(wanted):
             opened.enter_context(connected(running))
         begun = time.monotonic()
         assert posted(running, b'{"instances": [[1, 2]]}')[0] == 200
         assert time.monotonic() - begun < 2
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_thousand_idle_connections_over_grpc(running):
     """Half of them say nothing, half are channels of gRPC that ask nothing."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1000
-    if hard < 6 * wanted:
-        pytest.skip(f"this machine allows {hard} open files; {6 * wanted} are needed")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 6 * wanted), hard))
     host, _, port = running.address.rpartition(":")
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
-    with contextlib.ExitStack() as opened:
+    with many_files(6 * wanted), contextlib.ExitStack() as opened:
         for number in range(wanted):
             connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
             if number % 2:
@@ -237,7 +241,6 @@ def test_a_thousand_idle_connections_over_grpc(running):
             begun = time.monotonic()
             assert client.predict("affine", X)["y"].tolist() == [[3.0, 3.0]]
             assert time.monotonic() - begun < 2
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_message_above_the_limit_is_refused_unread(tmp_path):
