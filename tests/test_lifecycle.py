@@ -784,6 +784,23 @@ def test_a_refused_configuration_changes_nothing(base, versions, tmp_path):
         until(lambda: answer(client) == 2)  # it still looks where it looked
 
 
+def test_an_empty_configuration_unloads_nothing_and_an_empty_list_all(base, tmp_path, caplog):
+    """Who writes a file without renaming it leaves it empty for a moment."""
+    path = tmp_path / "config"
+    path.write_text("")
+    flags = Flags(model_config_file=str(path), model_config_file_poll_wait_seconds=0.05, **FAST)
+    with Server(flags) as server, Client(server.address, retries=0) as client:
+        path.write_text(config(base))  # from nothing to a list is no change of kind
+        until(lambda: server.core.models.served().get("affine"))
+        path.write_text("")
+        until(lambda: "not taken: Cannot transition to requested config. It is only legal to" in caplog.text)
+        assert answer(client) == 1
+        path.write_text("model_config_list {}")
+        until(lambda: not server.core.models.served())
+        with pytest.raises(ServerError, match=r"NOT_FOUND: Servable not found for request: Latest\(affine\)"):
+            answer(client)
+
+
 @pytest.mark.parametrize("batching", [False, True])
 def test_a_refused_request_does_not_keep_its_version(base, versions, batching):
     flags = Flags(models=str(base.parent), rest_api_port=-1, enable_batching=batching, **FAST)

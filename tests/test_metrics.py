@@ -39,6 +39,9 @@ def test_macro_f1_equals_scikit_learn():
     labels, chosen = random.integers(0, 7, 500), random.integers(0, 7, 500)
     expected = np.mean([sklearn.metrics.f1_score(labels == name, chosen == name) for name in range(7)])
     assert classification.macro_f1(labels, chosen) == pytest.approx(expected)
+    labels, chosen = 3 * labels, np.where(chosen == 5, 20, 3 * chosen)  # classes that nobody names, and one chosen only
+    expected = sklearn.metrics.f1_score(labels, chosen, average="macro", zero_division=0)
+    assert classification.macro_f1(labels, chosen) == pytest.approx(expected)
 
 
 def test_calibration_error_by_hand():

@@ -101,6 +101,35 @@ def test_moments_of_parts_are_those_of_the_whole():
     np.testing.assert_allclose(variance, whole.var(0), rtol=1e-5)
 
 
+def test_gradients_are_shortened_as_by_keras():
+    random = np.random.default_rng(1)
+    gradients = [tf.constant(random.normal(size=size), tf.float32) for size in ([3, 4], [4], [1])]
+    optimizer = keras.optimizers.Adam(global_clipnorm=0.5)
+    for scale in (1.0, 0.01):  # too long, and short enough
+        scaled = [scale * gradient for gradient in gradients]
+        for want, have in zip(optimizer._clip_gradients(scaled), ppo.shortened(scaled, 0.5), strict=True):
+            np.testing.assert_allclose(have, want, rtol=1e-6)
+
+
+def test_each_pass_learns_from_each_step_once_and_gains_are_of_chosen_steps_alone(tmp_path):
+    config = dataclasses.replace(SMALL, passes=2, runs=str(tmp_path), saved_models=str(tmp_path))
+    learner = ppo.Learner(config, ppo.build(config, ppo.load(config)))
+    count, size = config.batch, config.batch // config.minibatches
+    chosen = np.arange(count) % 3 > 0
+    rows = {"number": tf.range(count), "advantage": tf.random.normal([count], seed=1), "chosen": tf.constant(chosen)}
+    found = {name: value.numpy() for name, value in learner._minibatches(rows, tf.constant(7)).items()}
+    assert found["number"].shape == (2 * config.minibatches, size)
+    passes = found["number"].reshape(2, count)
+    assert (np.sort(passes) == np.arange(count)).all()
+    assert (passes[0] != passes[1]).any()
+    for number, share, gain in zip(found["number"], found["share"], found["gain"], strict=True):
+        taken = chosen[number]
+        np.testing.assert_allclose(share, taken / taken.sum(), rtol=1e-6)
+        advantages = rows["advantage"].numpy()[number]
+        wanted = (advantages - advantages[taken].mean()) / advantages[taken].std()
+        np.testing.assert_allclose(gain, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "length"), [("Counting-v1", 3), ("CountingLimited-v1", 2)])
 def test_rollout_of_a_world_known_by_heart(counting, name, length):
     config = dataclasses.replace(SMALL, data=name)

@@ -170,7 +170,18 @@ def test_measured_loss_is_that_of_the_network(tmp_path):
         for x, y in splits.test
     ]
     config = dataclasses.replace(config, runs=str(tmp_path))
-    assert write.measure(config, model, splits)["loss"].value == pytest.approx(np.concatenate(nats).mean(), rel=1e-4)
+    found = write.measure(config, model, splits)
+    assert found["loss"].value == pytest.approx(np.concatenate(nats).mean(), rel=1e-4)
+
+    # `sliding_loss`, token by token: each is foretold from at least `context` tokens before it, where there are any.
+    ids, after = (np.concatenate([part.numpy().ravel() for part in parts]) for parts in zip(*splits.test, strict=True))
+    window, nats = config.context, []
+    for place in range(len(ids)):
+        begin = max(0, place // window - 1) * window
+        logits = model(ids[None, begin : place + 1])[0, -1]
+        nats.append(keras.losses.sparse_categorical_crossentropy(after[place], logits, from_logits=True))
+    assert found["sliding_loss"].value == pytest.approx(np.mean(nats), rel=1e-4)
+    assert abs(found["sliding_loss"].value - found["loss"].value) > 1e-3
 
 
 # The network.

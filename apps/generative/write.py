@@ -38,7 +38,7 @@ class Config(run.Config):
     heads: int = 3  # of each attention
     width: int = 96  # of the stream that the blocks add to
     history: int = 4  # how many of the newest tokens the network's input tells of at each place
-    dropout: float = 0.0  # share of what a block adds that training drops
+    dropout: float = 0.0  # share of what the input and each block add to the stream that training drops
     # Folder of a KerasHub preset to go on from: a causal language model whose tokens are made of bytes, as those of
     # GPT-2, OPT and Llama 3 are; of the fields above it heeds --context alone.
     backbone: str = ""
@@ -501,6 +501,7 @@ def _connected(config: Config, layers: dict[str, keras.layers.Layer]) -> keras.M
     for n in range(1, config.history):
         x = x + layers[f"earlier_embedding_{n}"](ops.pad(token_ids, [[0, 0], [n, 0]])[:, :-n])
 
+    x = layers[f"dropout_{2 * config.layers}"](x)
     positions = ops.cumsum(ops.ones_like(token_ids[:1, :]), axis=1) - 1  # [1, time]
     back = positions[:, None, :, None] - positions[:, None, None, :]
     seen = ops.logical_and(back >= 0, back < config.context)  # [1, 1, time, time]
@@ -534,7 +535,7 @@ def _layers(config: Config, count: int, *, dtype: str | None = None) -> dict[str
         *[dense(width, kernel_initializer="zeros", name=f"attended_{n}") for n in blocks],
         *[dense(4 * width, name=f"wide_{n}") for n in blocks],
         *[dense(width, kernel_initializer="zeros", name=f"narrow_{n}") for n in blocks],
-        *[keras.layers.Dropout(config.dropout, dtype=dtype, name=f"dropout_{n}") for n in range(2 * config.layers)],
+        *[keras.layers.Dropout(config.dropout, dtype=dtype, name=f"dropout_{n}") for n in range(2 * config.layers + 1)],
         keras.layers.Dense(count, dtype="float32", kernel_initializer="zeros", name="logits"),
     ]  # fmt: skip
     return {layer.name: layer for layer in layers}
@@ -570,20 +571,33 @@ def _as_served(config: Config, model: keras.Model) -> keras.Model:
 
 
 def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, metrics.Measured]:
-    model = _as_served(config, model)
+    """Loss in windows that begin with nothing to look back on, and `sliding_loss` as `score` reads a longer text."""
+    model, window = _as_served(config, model), config.context
+    half = min(window, _span(model.get_layer("causal")) // 2) if config.backbone else window
 
     @tf.function(reduce_retracing=True)
     def answer(token_ids, targets):
         logits = model(token_ids, training=False)
         return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
 
-    nats, characters = [], []
-    for token_ids, targets in splits.test:
-        nats.append(answer(token_ids, targets).numpy())  # [window, place]
-        characters.append(splits.preprocess.characters[targets.numpy()].sum(-1))
-    whole = [one for one in nats if one.shape[1] == nats[0].shape[1]]  # but the last window
-    language.plot_places(np.concatenate(whole), config.folder / "places.png")
-    return {"loss": language.loss(np.concatenate([one.sum(-1) for one in nats]), np.concatenate(characters))}
+    pairs = [(ids.numpy().ravel(), after.numpy().ravel()) for ids, after in splits.test]
+    ids, after = (np.concatenate(part) for part in zip(*pairs, strict=True))
+
+    def nats(length, new):
+        """Of each token, in order: windows of so many tokens, of which so many are new and only those count."""
+        begin = np.arange(0, max(1, len(ids) - (length - new)), new)
+        places = np.minimum(begin[:, None] + np.arange(length), len(ids) - 1)
+        rows = [answer(ids[some], after[some]).numpy() for some in np.array_split(places, -(-len(places) // 32))]
+        rows = np.concatenate(rows)
+        return np.concatenate([rows[0, :-new], rows[:, -new:].ravel()])[: len(ids)]
+
+    each = nats(window, window)
+    whole = len(each) // window * window
+    language.plot_places(each[:whole].reshape(-1, window) if whole else each[None], config.folder / "places.png")
+    starts = np.arange(0, len(each), window)
+    characters = np.add.reduceat(splits.preprocess.characters[after], starts)
+    found = {"loss": each, "sliding_loss": nats(2 * half, half)}
+    return {name: language.loss(np.add.reduceat(each, starts), characters) for name, each in found.items()}
 
 
 def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]:
@@ -595,7 +609,8 @@ def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]
 
     nats = -np.log(witten_bell(characters(splits.train), characters(splits.test), order=5))
     starts = np.arange(0, len(nats), config.context)
-    return {"loss": language.loss(np.add.reduceat(nats, starts), np.diff([*starts, len(nats)]))}
+    found = language.loss(np.add.reduceat(nats, starts), np.diff([*starts, len(nats)]))
+    return {"loss": found, "sliding_loss": found}  # it looks back on what was before, wherever a window begins
 
 
 def witten_bell(train: np.ndarray, test: np.ndarray, *, order: int) -> np.ndarray:

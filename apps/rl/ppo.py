@@ -5,6 +5,7 @@ Model     one small network for the policy and one for the value, over observati
 Endpoint  observation -> action, probabilities (continuous actions: mean, deviation), value
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -38,6 +39,9 @@ class Config(run.Config):
     trace: float = 0.98  # lambda of the generalised advantage estimate: how far it trusts rewards, not the value
     clip_range: float = 0.2  # how far an update may move the probability of an action, as a share
     entropy: float = 0.01  # worth of a nat of the policy's entropy
+    threads: int = (
+        1  # processors that one operation may take, and operations at once; 0: all, which such small ones slow
+    )
     seeds: int = 1  # how many trainings, each by its own seed; their interquartile mean is the result
 
 
@@ -51,11 +55,15 @@ KNOWN = {
     "LunarLander-v3": (1_000_000, "242.1 (RL Baselines3 Zoo, one run of 1,000,000 steps on LunarLander-v2)"),
 }
 POOLED = ("Acrobot-v1",)  # environments that EnvPool steps faster and just as Gymnasium does (CONTRIBUTING.md)
+LONGEST = 0.5  # gradient, of all weights together; --clip sets another
 TRIED, TESTED = 20, 100  # episodes after each epoch, and in the end
 TRY, TEST, RANDOM = 1_000_000, 2_000_000, 3_000_000  # their seeds; training draws its own by the run's seed
 
 
 def load(config: Config) -> data.Splits:
+    if config.threads == 1 and config.strategy in ("auto", "one") and not tf.config.list_physical_devices("GPU"):
+        with contextlib.suppress(RuntimeError):  # TensorFlow is at work in this process already: it stays as it is
+            tf.config.threading.set_inter_op_parallelism_threads(1)
     world = World.of(config)
     steps, published = KNOWN.get(world.name, (1_000_000, ""))
     rounds = (config.steps or steps) // config.batch // config.epochs
@@ -187,8 +195,23 @@ class Play:
             self.environments = envpool.make(self.world.name, env_type="gymnasium", num_envs=self.count, seed=seed)
             return self.environments.reset()[0]
 
-    def now(self) -> np.ndarray:
+    def begin(self) -> np.ndarray:
+        """The observation to go on from; from here on, what `act` does is recorded."""
+        self.record = []
+        self.begun = self.observation
         return self.observation
+
+    def act(self, chosen: np.ndarray) -> np.ndarray:
+        self.record.append((chosen, *self.step(chosen)))
+        return self.observation
+
+    def recorded(self, last: np.ndarray) -> list[np.ndarray]:
+        """Observations up to the last [time + 1, environment, number]; choices and what `step` told [time, …].
+
+        The graph runs this when it has the last one.
+        """
+        chosen, observed, *told = (np.stack(values) for values in zip(*self.record, strict=True))
+        return [np.concatenate([self.begun[None], observed]), chosen, *told]
 
     def step(self, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
         """Observation, reward, terminated, truncated, whether the step was chosen, and the episode's sum of rewards."""
@@ -220,7 +243,7 @@ def pooled(config: Config, world: World) -> bool:
     return not lacking
 
 
-STEP = (tf.float32, tf.float32, tf.bool, tf.bool, tf.bool, tf.float32)  # what Play.step returns
+TOLD = {"reward": tf.float32, "terminated": tf.bool, "truncated": tf.bool, "chosen": tf.bool, "total": tf.float32}
 
 
 def build(config: Config, splits: data.Splits) -> keras.Model:
@@ -260,7 +283,8 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     model = keras.Model(observation, {"policy": policy, "value": value[:, 0]}, name="actor_critic")
     updates = config.epochs * splits.steps * config.passes * config.minibatches
     rate = keras.optimizers.schedules.PolynomialDecay(config.rate, updates, end_learning_rate=0.0)
-    model.compile(keras.optimizers.Adam(rate, epsilon=1e-5, global_clipnorm=0.5), jit_compile=False)
+    longest = LONGEST if devices > 1 else None  # else `Learner` shortens gradients
+    model.compile(keras.optimizers.Adam(rate, epsilon=1e-5, global_clipnorm=longest), jit_compile=False)
     return model
 
 
@@ -277,9 +301,9 @@ def train(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, 
 class Learner(keras.Model):
     """A step of its training is a round: all environments are played for some steps, then the policy learns from them.
 
-    Rollout and update are one graph, from which Python is called for the environments alone; the update is compiled
-    by XLA. Of many devices each plays its share of the environments and is told what the others' did. So statistics
-    and advantages are of the whole; of each minibatch a device takes its part, and the gradients are added up.
+    Rollout and update are one graph, from which Python is called for the environments alone; XLA compiles the update.
+    Of many devices each plays its share of the environments and is told what the others' did. So statistics and
+    advantages are of the whole; of each minibatch a device takes its part, and the gradients are added up.
     """
 
     def __init__(self, config: Config, model: keras.Model):
@@ -313,8 +337,12 @@ class Learner(keras.Model):
 
     def train_step(self, steps):
         """A round on one device."""
-        for name, value in self._improve(self._play(steps), tf.cast(steps[0], tf.int32)).items():
+        rows, after = self._prepare(self._play(steps))
+        told = self._learn(self._minibatches(rows, tf.cast(steps[0], tf.int32)))
+        for name, value in zip(("loss", "entropy", "divergence"), tf.unstack(told), strict=True):
             self.followed[name].update_state(value)
+        for variable, value in zip(self._statistics, after, strict=True):
+            variable.assign(value)
         return self._told()
 
     def make_train_function(self, force=False):
@@ -322,9 +350,7 @@ class Learner(keras.Model):
         if strategy.num_replicas_in_sync == 1 or (self.train_function and not force):
             super().make_train_function(force)
             return
-        prepare, shuffled, gradients = (
-            tf.function(part, jit_compile=True) for part in (self._prepare, self._order, self._gradients)
-        )
+        gradients = tf.function(self._gradients, jit_compile=True, autograph=False)
 
         def play(steps):  # truth values as 0 and 1, for collectives carry no others
             return {name: tf.cast(value, tf.int32) if value.dtype == tf.bool else value
@@ -335,8 +361,9 @@ class Learner(keras.Model):
             return tf.ensure_shape(strategy.gather(values, axis=1), [time, self.config.environments, *shape])
 
         def learn(rows):
-            count = len(rows["weight"]) // strategy.num_replicas_in_sync
-            found, told = gradients(rows, device() * count, count)
+            count = rows["share"].shape[0] // strategy.num_replicas_in_sync
+            first = device() * count
+            found, told = gradients({name: row[first : first + count] for name, row in rows.items()})
             self.optimizer.apply(found, self.network.trainable_variables)
             for name, value in zip(("loss", "entropy", "divergence"), tf.unstack(told), strict=True):
                 self.followed[name].update_state(value * strategy.num_replicas_in_sync)
@@ -345,12 +372,11 @@ class Learner(keras.Model):
             """A round on many: the loop stands around the devices, for inside of one it could not wait for others."""
             steps = next(batches)
             played = strategy.run(play, args=(steps,))
-            rows, after = prepare({name: gathered(values) for name, values in played.items()})
+            rows, after = self._prepare({name: gathered(values) for name, values in played.items()})
             step = tf.cast(strategy.experimental_local_results(steps)[0][0], tf.int32)
-            for turn in tf.range(self.config.passes):
-                order = shuffled(step, turn)
-                for part in tf.range(self.config.minibatches):
-                    strategy.run(learn, args=({name: tf.gather(row, order[part]) for name, row in rows.items()},))
+            rows = self._minibatches(rows, step)
+            for turn in tf.range(rows["share"].shape[0]):
+                strategy.run(learn, args=({name: row[turn] for name, row in rows.items()},))
             for variable, value in zip(self._statistics, after, strict=True):  # other processors may round otherwise
                 variable.assign(strategy.reduce("MEAN", value, axis=None))
             return self._told()
@@ -379,27 +405,34 @@ class Learner(keras.Model):
         none = tf.equal(self.followed["return"].count, 0.0)  # no episode has ended yet
         return logs | {"return": tf.where(none, np.nan, logs["return"])}
 
-    @tf.function(jit_compile=True)
-    def _improve(self, played, step):
-        config = self.config
-        rows, after = self._prepare(played)
-        totals = tf.zeros([3])
-        for turn in tf.range(config.passes):
-            order = self._order(step, turn)
-            for part in tf.range(config.minibatches):
-                gradients, told = self._gradients({name: tf.gather(row, order[part]) for name, row in rows.items()})
-                self.optimizer.apply(gradients, self.network.trainable_variables)
-                totals += told
-        totals /= config.passes * config.minibatches
-        for variable, value in zip(self._statistics, after, strict=True):
-            variable.assign(value)
-        return {"loss": totals[0], "entropy": totals[1], "divergence": totals[2]}
+    @tf.function(jit_compile=True, autograph=False)  # which would take as long as all the rest of the tracing
+    def _learn(self, rows):
+        """Learn minibatch after minibatch; return means of loss, entropy, divergence.
 
-    def _order(self, step, turn):
-        """Which steps of a round make up each minibatch of a pass, [minibatch, step]."""
+        This alone is compiled: here a round spends its time, and XLA takes 50 ms for each operation more.
+        """
+        count = rows["share"].shape[0]
+
+        def learn(turn, totals):
+            gradients, told = self._gradients({name: row[turn] for name, row in rows.items()})
+            gradients = shortened(gradients, self.config.clip or LONGEST)
+            self.optimizer.apply(gradients, self.network.trainable_variables)
+            return turn + 1, totals + told
+
+        return tf.while_loop(lambda turn, _: turn < count, learn, (0, tf.zeros([3])))[1] / count
+
+    def _minibatches(self, rows, step):
+        """What is learned from a round's steps in all passes, [minibatch, step, …]."""
         config = self.config
-        drawn = tf.random.stateless_uniform([config.batch], tf.stack([config.seed + 1, step * config.passes + turn]))
-        return tf.reshape(tf.argsort(drawn), [config.minibatches, -1])
+        drawn = tf.random.stateless_uniform([config.passes, config.batch], tf.stack([config.seed + 1, step]))
+        order = tf.reshape(tf.argsort(drawn), [config.passes * config.minibatches, -1])
+        rows = {name: tf.gather(row, order) for name, row in rows.items()}
+        weight = tf.cast(rows.pop("chosen"), tf.float32)
+        share = weight / tf.maximum(tf.reduce_sum(weight, -1, keepdims=True), 1)
+        advantages = rows.pop("advantage")
+        gain = advantages - tf.reduce_sum(share * advantages, -1, keepdims=True)
+        spread = tf.sqrt(tf.reduce_sum(share * tf.square(gain), -1, keepdims=True))
+        return {**rows, "share": share, "gain": gain / (spread + 1e-8)}
 
     def _prepare(self, played):
         """What is to be learned from, [time * environment, …], and what `_statistics` are after this round."""
@@ -421,7 +454,7 @@ class Learner(keras.Model):
             "choice": tf.reshape(played["choice"], [count, *played["choice"].shape[2:]]),
             "advantage": tf.reshape(advantages, [count]),
             "aim": tf.reshape(advantages + values[:-1], [count]),
-            "weight": tf.reshape(tf.cast(played["chosen"], tf.float32), [count]),
+            "chosen": tf.reshape(played["chosen"], [count]),
         }
         rows["before"] = self._probability(policy, rows["choice"])[0]
         seen, normal = tf.convert_to_tensor(self.seen), network.get_layer("normal")
@@ -434,16 +467,13 @@ class Learner(keras.Model):
         normal, unit = self.network.get_layer("normal"), self.network.get_layer("unit")
         return self.returned, self.returns, self.seen, normal.moving_mean, normal.moving_variance, unit.kernel
 
-    def _gradients(self, rows, first=0, count=None):
-        """Of a minibatch's loss, or of the part of it that some rows have: gradients; loss, entropy, divergence."""
-        config, total = self.config, tf.maximum(tf.reduce_sum(rows["weight"]), 1)
+    def _gradients(self, rows):
+        """Of the loss of some rows of a minibatch, each with its share: gradients; loss, entropy, divergence."""
+        config = self.config
 
-        def mean(values):  # of a part: what it adds to the minibatch's mean
-            return tf.reduce_sum(values * rows["weight"]) / total
+        def mean(values):
+            return tf.reduce_sum(values * rows["share"])
 
-        gain = rows["advantage"] - mean(rows["advantage"])
-        rows = {**rows, "gain": gain / (tf.sqrt(mean(tf.square(gain))) + 1e-8)}
-        rows = {name: row[first : first + (count or len(row))] for name, row in rows.items()}
         with tf.GradientTape() as tape:
             outputs = self.network(rows["observation"], training=False)
             now, entropy = self._probability(outputs["policy"], rows["choice"])
@@ -460,7 +490,9 @@ class Learner(keras.Model):
         """Log-probability of what was chosen, and the policy's entropy, each [batch]."""
         if self.world.discrete:
             logs = tf.nn.log_softmax(policy)
-            return tf.gather(logs, choice, batch_dims=1), -tf.reduce_sum(tf.exp(logs) * logs, -1)
+            return tf.reduce_sum(tf.one_hot(choice, self.world.count) * logs, -1), -tf.reduce_sum(
+                tf.exp(logs) * logs, -1
+            )
         middle, deviation = tf.split(policy, 2, -1)
         square = tf.square((choice - middle) / tf.exp(deviation))
         log = -0.5 * (square + np.log(2 * np.pi)) - deviation
@@ -469,18 +501,20 @@ class Learner(keras.Model):
     def _returns(self, played):
         """Discounted sums of rewards: now, [environment]; count, mean and variance of all so far."""
         going = 1 - tf.cast(played["terminated"] | played["truncated"], tf.float32)
-        sums = tf.TensorArray(tf.float32, going.shape[0], element_shape=going.shape[1:])
-        carried = tf.convert_to_tensor(self.returned)
-        for time in tf.range(going.shape[0]):
-            carried = self.config.discount * carried + played["reward"][time]
-            sums = sums.write(time, carried)
-            carried *= going[time]
-        return carried, *merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums.stack(), [-1]))
+        before = tf.concat([tf.ones_like(going[:1]), going[:-1]], 0)  # what is carried over has ended already
+        sums = accumulated(played["reward"], self.config.discount * before, tf.convert_to_tensor(self.returned))
+        return sums[-1] * going[-1], *merge(*tf.unstack(tf.convert_to_tensor(self.returns)), tf.reshape(sums, [-1]))
 
 
 def device() -> int:
     """The number of the device that this is traced for, among all that learn."""
     return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+
+
+def shortened(gradients, most):
+    """As by Keras's `global_clipnorm`, which takes the norm of each by itself: XLA would make 15 operations more."""
+    norm = tf.norm(tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], 0))
+    return [gradient * (most / tf.maximum(norm, most)) for gradient in gradients]
 
 
 def merge(count, mean, variance, rows):
@@ -505,12 +539,12 @@ def advantage(rewards, values, terminated, truncated, *, discount: float, trace:
     """
     terminated, ended = tf.cast(terminated, tf.float32), tf.cast(terminated | truncated, tf.float32)
     surprise = rewards + discount * (1 - terminated) * values[1:] - values[:-1]
-    found = tf.TensorArray(tf.float32, rewards.shape[0], element_shape=rewards.shape[1:])
-    behind = tf.zeros_like(values[0])
-    for time in tf.range(rewards.shape[0] - 1, -1, -1):
-        behind = surprise[time] + discount * trace * (1 - ended[time]) * behind
-        found = found.write(time, behind)
-    return found.stack()
+    return accumulated(surprise, discount * trace * (1 - ended), tf.zeros_like(values[0]), reverse=True)
+
+
+def accumulated(values, shares, carried, *, reverse=False):
+    """Sums [time, …] of each value and a share of the sum before it, `carried` before the first."""
+    return tf.scan(lambda sums, now: now[0] + now[1] * sums, (values, shares), carried, reverse=reverse)
 
 
 @tf.function
@@ -525,29 +559,20 @@ def roll(network: keras.Model, play: Play, noise: tf.Tensor) -> dict[str, tf.Ten
         `reward`, `terminated`, `truncated`, `chosen` (False where an environment began anew), `total` of the episode.
     """
     world, count = play.world, noise.shape[0]
-    observation = tf.ensure_shape(tf.numpy_function(play.now, [], tf.float32), [play.count, world.size])
-    observed = tf.TensorArray(tf.float32, count + 1, element_shape=observation.shape).write(0, observation)
-    kind, shape = (tf.int64, [play.count]) if world.discrete else (tf.float32, [play.count, world.count])
-    chosen = tf.TensorArray(kind, count, element_shape=shape)
-    told = tuple(tf.TensorArray(kind, count, element_shape=[play.count]) for kind in STEP[1:])
+    shape, kind = [play.count, world.size], tf.int64 if world.discrete else tf.float32
+    observation = tf.ensure_shape(tf.numpy_function(play.begin, [], tf.float32), shape)
     for time in tf.range(count):
         policy = network(observation, training=False)["policy"]
         if world.discrete:
             choice = tf.argmax(policy + noise[time], -1)
         else:
             choice = policy[:, : world.count] + tf.exp(policy[:, world.count :]) * noise[time]
-        observation, *now = tf.numpy_function(play.step, [choice], STEP)
-        observation = tf.ensure_shape(observation, [play.count, world.size])
-        observed, chosen = observed.write(time + 1, observation), chosen.write(time, choice)
-        told = tuple(told[n].write(time, tf.ensure_shape(now[n], [play.count])) for n in range(len(told)))
-    names = ("reward", "terminated", "truncated", "chosen", "total")
-    played = {
-        name: tf.ensure_shape(array.stack(), [count, play.count]) for name, array in zip(names, told, strict=True)
-    }
+        observation = tf.ensure_shape(tf.numpy_function(play.act, [choice], tf.float32), shape)
+    observed, chosen, *told = tf.numpy_function(play.recorded, [observation], (tf.float32, kind, *TOLD.values()))
     return {
-        "observation": tf.ensure_shape(observed.stack(), [count + 1, play.count, world.size]),
-        "choice": tf.ensure_shape(chosen.stack(), [count, *shape]),
-        **played,
+        "observation": tf.ensure_shape(observed, [count + 1, *shape]),
+        "choice": tf.ensure_shape(chosen, [count, play.count, *[world.count] * (not world.discrete)]),
+        **{name: tf.ensure_shape(values, [count, play.count]) for name, values in zip(TOLD, told, strict=True)},
     }
 
 

@@ -354,8 +354,9 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
     classification.plot_confusion(labels, best, splits.names, config.folder / "confusion_matrix.png")
     samples = round(config.seconds * config.sample_rate)
     known = no_speech(Dice(config.seed, -2), 500, samples, config.sample_rate).numpy()
+    hear = tf.function(lambda contents: _scores(model, splits.preprocess(contents)))
     scored = [
-        np.concatenate([answer(splits.preprocess(tf.constant(part))) for part in np.array_split(contents, 10)]).max(-1)
+        np.concatenate([hear(tf.constant(part)) for part in np.array_split(contents, 10)]).max(-1)
         for contents in (
             np.array([sounds.encode(sound, config.sample_rate) for sound in waves], object)
             for waves in (known, unseen_kinds(500, samples, config.sample_rate))

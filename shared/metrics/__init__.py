@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import scipy.stats
 
-LOWER_IS_BETTER = {"loss", "wer", "rmse", "calibration_error", "false_alarm_rate", "unseen_false_alarm_rate",
-                   "false_rejection_rate"}  # fmt: skip
+LOWER_IS_BETTER = {"loss", "sliding_loss", "wer", "rmse", "calibration_error", "false_alarm_rate",
+                   "unseen_false_alarm_rate", "false_rejection_rate"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

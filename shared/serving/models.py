@@ -184,6 +184,11 @@ class Models:
                 self._label(model)
 
     def _configure(self, config: ModelServerConfig, *, first: bool) -> None:
+        if not first and self._listed and not config.HasField("model_config_list"):
+            # A file that is being written may be read while it is empty: it must not unload every model.
+            text = ("Cannot transition to requested config. It is only legal to transition from one ModelConfigList to "
+                    "another.")  # fmt: skip
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, text)
         names = [one.name for one in config.model_config_list.config]
         for one in config.model_config_list.config:
             if names.count(one.name) > 1:
@@ -228,7 +233,7 @@ class Models:
                 model.aspired = set()
                 self._reconcile(name, model)
                 self._gone[name] = model
-        self._models = kept
+        self._models, self._listed = kept, config.HasField("model_config_list")
         for model in kept.values():
             self._label(model)
 

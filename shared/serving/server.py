@@ -194,6 +194,7 @@ class Server:
         if flags.model_config_file:
             return _read(flags.model_config_file, protocol.ModelServerConfig)
         config = protocol.ModelServerConfig()
+        config.model_config_list.SetInParent()  # also a tree without models is a list
         if flags.model_base_path:
             found = {flags.model_name: Path(flags.model_base_path)}
         else:
