@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared import command
+
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("TF_SERVING_ADDRESS", "")  # of a server that takes the tests of the contract, see serving_models
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -58,6 +60,21 @@ def cornucopia(tmp_path):
         )  # fmt: skip
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def mistaken(tmp_path, monkeypatch, capsys):
+    """Run the command in this process, where it takes no 5 s to start, to end with exit code 2; its `out` and `err`."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["cornucopia", *words])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 2
+        return capsys.readouterr()
 
     return run
 

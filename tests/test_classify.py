@@ -13,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from apps.vision import classify
-from shared import command, data
+from shared import data
 
 SMALL = ("--size=8", "--width=8", "--batch=16", "--epochs=2")
 
@@ -90,15 +90,11 @@ def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornuco
         ),
     ],
 )
-def test_bad_input_ends_in_advice(pictures, tmp_path, monkeypatch, capsys, spoil, flags, message):
+def test_bad_input_ends_in_advice(pictures, mistaken, spoil, flags, message):
     folder = pictures()
     spoil(folder)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cornucopia", "train", "vision.classify", f"--data={folder}", *SMALL, *flags])
-    with pytest.raises(SystemExit) as end:
-        command.main()
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err.replace("\n", " ")
+    said = mistaken("train", "vision.classify", f"--data={folder}", *SMALL, *flags)
+    assert message in said.err.replace("\n", " ")
 
 
 def test_corrupt_picture_can_be_skipped(pictures, cornucopia):

@@ -341,6 +341,14 @@ def test_reload_over_grpc(base, versions, tmp_path):
                 "FAILED_PRECONDITION", "Request to assign label to version 9 of model affine, which is not currently "
                 "available for inference")  # fmt: skip
             assert answer(client) == 1  # nothing changed
+            reload(("affine", base), best=1)
+            publish(versions, base, 2)
+            until(lambda: states(client) == {2: "AVAILABLE", 1: "END"})
+            assert refused(("affine", base), best=1)[0] == "FAILED_PRECONDITION"  # it was there, but is no more
+            reload(("affine", base), best=2)
+            assert answer(client, label="best") == 2
+            shutil.rmtree(base / "2")
+            until(lambda: states(client).get(1) == "AVAILABLE")
             reload(("other", tmp_path / "more" / "other"))  # affine is gone
             until(lambda: states(client) == {1: "END"})
             with pytest.raises(ServerError, match="NOT_FOUND"):

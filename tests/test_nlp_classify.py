@@ -75,20 +75,20 @@ def test_table_to_served_answer(table, cornucopia, python, serving, tmp_path):
 
 
 def test_folds_test_every_text_once_and_go_on_where_they_broke(table, cornucopia, tmp_path):
-    flags = ("train", "nlp.classify", f"--data={table}", *SMALL, "--folds=3", "--name=crossed")
+    flags = ("train", "nlp.classify", f"--data={table}", *SMALL, "--folds=2", "--name=crossed")
     done = cornucopia(*flags)
-    assert "test       mean of 3-fold cross-validation, stratified" in done.stdout
-    assert done.stdout.count("fold       ") == 2
-    assert done.stdout.count("test       part ") == 3
-    config = classify.Config(data=str(table), folds=3)
+    assert "test       mean of 2-fold cross-validation, stratified" in done.stdout
+    assert done.stdout.count("fold       ") == 1
+    assert done.stdout.count("test       part ") == 2
+    config = classify.Config(data=str(table), folds=2)
     parts = [classify._rows(fold)["test"] for fold in classify.folds(config).configs.values()]
     assert sorted(np.concatenate(parts)) == list(range(60))
-    for checkpoint in (tmp_path / "runs" / "crossed" / "fold-2").glob("checkpoint-*"):
+    for checkpoint in (tmp_path / "runs" / "crossed" / "fold-1").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # as if it had been killed in there
     again = cornucopia(*flags, "--resume")
     shown = [re.findall(r"accuracy +\d\.\d+ .*", run.stdout)[-1] for run in (done, again)]
     assert shown[0] == shown[1]
-    assert again.stdout.count("2 of 2 epochs are done") == 2
+    assert again.stdout.count("2 of 2 epochs are done") == 1
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,10 @@ def test_folds_test_every_text_once_and_go_on_where_they_broke(table, cornucopia
         (lambda path: None, ["--examples=1"], "--examples=1 leaves nothing to validate on"),
     ],
 )
-def test_bad_input_ends_in_advice(table, cornucopia, spoil, flags, message):
+def test_bad_input_ends_in_advice(table, mistaken, spoil, flags, message):
     spoil(table)
-    done = cornucopia("train", "nlp.classify", f"--data={table}", *SMALL, *flags, expect=2)
-    assert message in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+    said = mistaken("train", "nlp.classify", f"--data={table}", *SMALL, *flags)
+    assert message in said.err.replace("\n", " ")
 
 
 def test_tokens_do_not_depend_on_the_batch():

@@ -39,6 +39,14 @@ def test_broken_bodies(rest, body, text):
     assert refused(rest, "same_float", body) == (400, f"JSON Parse error: {text}")
 
 
+@pytest.mark.parametrize("verb", ["predict", "classify", "regress"])
+def test_a_body_is_read_before_its_model_is_looked_for(rest, verb):
+    assert refused(rest, "nobody", "{", verb)[1].startswith("JSON Parse error: ")
+    body = '{"instances": [1]}' if verb == "predict" else '{"examples": [{"x": 1.0}]}'
+    code, text = refused(rest, "nobody", body, verb)
+    assert (code, text) == (404, "Servable not found for request: Latest(nobody)")
+
+
 @pytest.mark.parametrize(("body", "numbers", "text"), cases.BODIES)
 def test_refused_bodies(rest, body, numbers, text):
     assert refused(rest, same(numbers), body) == (400, text)

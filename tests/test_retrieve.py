@@ -177,7 +177,7 @@ def test_user_and_history_may_be_left_out(config, tmp_path, capsys):
                 assert f"basis      {basis}\n" in capsys.readouterr().out
 
 
-def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
+def test_folder_to_answer_and_bad_data(cornucopia, mistaken, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "u.data").write_text(retrieve.made_up(3))
     (tmp_path / "mine" / "u.item").write_text("1|The First (1995)|\n")
@@ -208,12 +208,11 @@ def test_folder_to_answer_and_bad_data(cornucopia, tmp_path, capsys):
         ("user,item\n1,1\n1,2\n1,3\n1,4\n", "training examples do not fill one batch"),
     ):
         (tmp_path / "few.csv").write_text(text)
-        refused = cornucopia("train", "recommendation.retrieve", "--data=few.csv", *SMALL, expect=2)
-        assert message in refused.stderr
-    refused = cornucopia("train", "recommendation.retrieve", "--data=fashion-mnist", expect=2)
-    assert "fashion-mnist holds no ratings; expected ml-100k" in refused.stderr
-    refused = cornucopia("train", "recommendation.retrieve", "--index=scann", expect=2)
-    assert "--index=scann cannot run: ScaNN 1.4.2, the latest, is built for TensorFlow 2.20" in refused.stderr
+        assert message in mistaken("train", "recommendation.retrieve", "--data=few.csv", *SMALL).err
+    refused = mistaken("train", "recommendation.retrieve", "--data=fashion-mnist").err
+    assert "fashion-mnist holds no ratings; expected ml-100k" in refused
+    refused = mistaken("train", "recommendation.retrieve", "--index=scann").err
+    assert "--index=scann cannot run: ScaNN 1.4.2, the latest, is built for TensorFlow 2.20" in refused
 
 
 def test_loss_leaves_out_what_the_user_had(config):

@@ -32,7 +32,7 @@ class Config(run.Config):
     epochs: int = 10  # passes over the training examples
     batch: int = 64  # examples in a step, over all devices together
     labels: Literal["coarse", "fine"] = "coarse"  # of labels COARSE:fine the first part, or both
-    folds: int = -1  # cross-validate with so many parts; 0: measure by one test part; -1: ten for mr, else 0
+    folds: int = 0  # cross-validate with so many parts, as is the custom with mr: ten; 0: measure by one test part
     fold: int = 0  # which part is the test part
     examples: int = 0  # of each class to learn from, as the seed draws them; 0: all
     backbone: str = ""  # folder of a KerasHub encoder preset or a Hugging Face checkpoint; empty: learn from scratch
@@ -51,7 +51,7 @@ class Config(run.Config):
 SMOKE = Config(epochs=1, networks=1, width=8, filters=8)
 EXPECT = {
     "": {"accuracy": 0.86},
-    "mr": {"accuracy": 0.79},
+    "mr": {"accuracy": 0.77},  # one tenth; the mean of ten, by --folds=10, varies less
     "trec": {"accuracy": 0.905},
     "sst2": {"accuracy": 0.83},
     "banking77": {"accuracy": 0.918},
@@ -99,7 +99,7 @@ def load(config: Config) -> data.Splits:
         names=found.names,
         request={"text": np.array([found.texts[row].encode() for row in rows["test"][:8]], object)},
         about=about,
-        drawn=bool(_parts(config)) or "test" not in found.splits,
+        drawn=bool(config.folds) or "test" not in found.splits,
     )
 
 
@@ -121,7 +121,7 @@ def _read(config: Config) -> tuple[texts.Texts, dict[str, str]]:
         raise ValueError(f"{config.data} holds no labelled texts; nlp.classify takes {', '.join(NAMED)}, or a path")
     else:
         found = texts.read(Path(config.data), fine=fine, on_error=config.on_error)
-    if parts := _parts(config):
+    if parts := config.folds:
         protocol = f"part {config.fold + 1} of {parts}, stratified"
     elif "test" in found.splits:
         protocol = "official test split" if config.data in NAMED else "its test split"
@@ -167,18 +167,13 @@ def _docstrings() -> list[tuple[str, str, str]]:
     return list(rows.values())
 
 
-def _parts(config: Config) -> int:
-    """Of a cross-validation; mr has no test part of its own, and ten are its custom."""
-    return config.folds if config.folds >= 0 else 10 * (config.data == "mr")
-
-
 def _rows(config: Config) -> dict[str, np.ndarray]:
     """Rows of each split: the data's own, else a stratified tenth to test; a twentieth of the rest to validate."""
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
-    if config.folds == 1 or config.folds < -1:
+    if config.folds == 1 or config.folds < 0:
         raise ValueError(f"--folds={config.folds} leaves nothing to learn from; give 2 or more, or 0 for no folds")
-    parts = _parts(config)
+    parts = config.folds
     if not 0 <= config.fold < max(parts, 1):
         raise ValueError(f"--fold={config.fold}: there are {parts} parts, counted from 0; see --folds")
     if config.examples == 1:
@@ -508,7 +503,7 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
 
 def folds(config: Config) -> run.Folds | None:
     """The runs whose mean is the result: each has another part to test."""
-    parts = _parts(config)
+    parts = config.folds
     if not parts:
         return None
     configs = {f"fold-{fold}": dataclasses.replace(config, fold=fold) for fold in range(parts)}

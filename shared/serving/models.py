@@ -213,15 +213,13 @@ class Models:
         for one in config.model_config_list.config:
             model = self._models.get(one.name) or self._gone.get(one.name) or Model(one)
             for label, number in one.version_labels.items():
-                loaded = number in model.served
-                if not loaded and (label in model.labels or not self._labels_before_versions):
-                    known = model.labels.get(label)
-                    if known != number and not first:
-                        raise RefusedError(
-                            grpc.StatusCode.FAILED_PRECONDITION,
-                            f"Request to assign label to version {number} of model {one.name}, which is not currently "
-                            f"available for inference",
-                        )
+                early = self._labels_before_versions and model.labels.get(label) in (None, number)
+                if number not in model.served and not early and not first:
+                    raise RefusedError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"Request to assign label to version {number} of model {one.name}, which is not currently "
+                        f"available for inference",
+                    )
             kept[one.name] = model
         if first:
             self._refuse_early_labels(kept)

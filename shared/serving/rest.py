@@ -233,13 +233,18 @@ class Rest:
     def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages, until: float) -> bytes:
         core, stages.api = self._core, verb
         begun = time.perf_counter()
-        servable = core.models.find(spec)
         recorder = core.sample()
         if verb == "predict":
-            key, inputs, row = rest_json.read_predict(body, lambda key: _signature(servable, key))
+            found = []
+
+            def signature(key: str) -> protocol.SignatureDef:  # asked for after the body was parsed, as upstream does
+                found.append(core.models.find(spec))
+                return _signature(found[0], key)
+
+            key, inputs, row = rest_json.read_predict(body, signature)
             key = key or DEFAULT
             stages.decode = time.perf_counter() - begun
-            aliases, outputs = core.inference.predict(servable, key, inputs, (), stages, until)
+            aliases, outputs = core.inference.predict(found[0], key, inputs, (), stages, until)
             begun = time.perf_counter()
             named = dict(zip(aliases, outputs, strict=True))
             answer = rest_json.write_predict(named, row=row)
@@ -252,7 +257,7 @@ class Rest:
         kind = protocol.ClassificationRequest if verb == "classify" else protocol.RegressionRequest
         asked = kind(model_spec=spec, input=given)
         stages.decode = time.perf_counter() - begun
-        reply = getattr(core.inference, verb)(servable, asked, stages, until)
+        reply = getattr(core.inference, verb)(core.models.find(spec), asked, stages, until)
         if recorder:
             core.record(recorder, f"{verb}_log", asked.SerializeToString(), reply.SerializeToString())
         begun = time.perf_counter()
