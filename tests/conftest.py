@@ -36,6 +36,7 @@ def pytest_configure(config):
     # Two logical devices test what needs many, in the one process in which TensorFlow is set up but once.
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    tf.config.list_logical_devices()  # now TensorFlow is at work, and no test's --threads counts for those after it
     # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

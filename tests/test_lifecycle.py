@@ -350,7 +350,7 @@ def test_reload_over_grpc(base, versions, tmp_path):
             shutil.rmtree(base / "2")
             until(lambda: states(client).get(1) == "AVAILABLE")
             reload(("other", tmp_path / "more" / "other"))  # affine is gone
-            until(lambda: states(client) == {1: "END"})
+            until(lambda: states(client) == {2: "END", 1: "END"})
             with pytest.raises(ServerError, match="NOT_FOUND"):
                 answer(client)
 
@@ -871,6 +871,26 @@ def test_labels_of_versions_that_are_not_there(base, versions, tmp_path, caplog)
             answer(rest, label="later")
         with pytest.raises(ServerError, match="INVALID_ARGUMENT: Unrecognized servable version label: next"):
             answer(rest, label="next")
+
+
+def test_a_label_whose_version_went_does_not_hold_up_other_flags(base, versions, tmp_path, caplog):
+    publish(versions, base, 2)
+    path = tmp_path / "config"
+    path.write_text(labelled(base, stable=2))
+    flags = Flags(model_config_file=str(path), allow_version_labels_for_unavailable_models=False, **FAST)
+    with pytest.raises(ValueError, match="Failed to start server"), Server(flags):
+        pass  # no version answers yet
+    path.write_text(config(base, "model_version_policy { all {} }"))
+    with Server(flags) as server:
+        until(lambda: set(server.core.models.served()["affine"]) == {1, 2})
+        path.write_text(labelled(base, stable=2))
+        server.reload(server.flags)
+        assert server.core.models._models["affine"].labels == {"stable": 2}
+        shutil.rmtree(base / "2")
+        until(lambda: set(server.core.models.served()["affine"]) == {1})
+        server.reload(dataclasses.replace(server.flags, access_log=True))
+        assert server.core.access is not None
+        assert "not taken again: Request to assign label to version 2 of model affine, which is not" in caplog.text
 
 
 def spoil_graph(folder):

@@ -105,10 +105,11 @@ def test_gradients_are_shortened_as_by_keras():
     random = np.random.default_rng(1)
     gradients = [tf.constant(random.normal(size=size), tf.float32) for size in ([3, 4], [4], [1])]
     optimizer = keras.optimizers.Adam(global_clipnorm=0.5)
-    for scale in (1.0, 0.01):  # too long, and short enough
+    for scale in (1.0, 0.01, 1e38):  # too long, short enough, and longer than a float32 holds
         scaled = [scale * gradient for gradient in gradients]
         for want, have in zip(optimizer._clip_gradients(scaled), ppo.shortened(scaled, 0.5), strict=True):
-            np.testing.assert_allclose(have, want, rtol=1e-6)
+            np.testing.assert_allclose(have, want, rtol=1e-6)  # NaN, of the last, equals NaN here
+    assert np.isnan(have).all()
 
 
 def test_each_pass_learns_from_each_step_once_and_gains_are_of_chosen_steps_alone(tmp_path):

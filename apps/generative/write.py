@@ -587,8 +587,9 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
         """Of each token, in order: windows of so many tokens, of which so many are new and only those count."""
         begin = np.arange(0, max(1, len(ids) - (length - new)), new)
         places = np.minimum(begin[:, None] + np.arange(length), len(ids) - 1)
-        rows = [answer(ids[some], after[some]).numpy() for some in np.array_split(places, -(-len(places) // 32))]
-        rows = np.concatenate(rows)
+        at_once = max(1, len(pairs[0][0]) // length)  # rows of as many tokens as a batch has
+        parts = np.array_split(places, -(-len(places) // at_once))
+        rows = np.concatenate([answer(ids[part], after[part]).numpy() for part in parts])
         return np.concatenate([rows[0, :-new], rows[:, -new:].ravel()])[: len(ids)]
 
     each = nats(window, window)

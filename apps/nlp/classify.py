@@ -47,6 +47,10 @@ class Config(run.Config):
     forget: Annotated[float, run.Range(0.0, 0.6)] = 0.3
     dropout: Annotated[float, run.Range(0.0, 0.7)] = 0.5  # share of what the convolutions found that training hides
 
+    def __post_init__(self):
+        if self.folds == -1:  # the default of versions that were saved earlier
+            object.__setattr__(self, "folds", 0)
+
 
 SMOKE = Config(epochs=1, networks=1, width=8, filters=8)
 EXPECT = {

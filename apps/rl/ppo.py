@@ -39,9 +39,9 @@ class Config(run.Config):
     trace: float = 0.98  # lambda of the generalised advantage estimate: how far it trusts rewards, not the value
     clip_range: float = 0.2  # how far an update may move the probability of an action, as a share
     entropy: float = 0.01  # worth of a nat of the policy's entropy
-    threads: int = (
-        1  # processors that one operation may take, and operations at once; 0: all, which such small ones slow
-    )
+    # Processors that one operation may take; 1: also one operation at a time, on the one CPU, for handing such small
+    # ones over takes longer than they do; 0: all.
+    threads: int = 1
     seeds: int = 1  # how many trainings, each by its own seed; their interquartile mean is the result
 
 
@@ -202,7 +202,7 @@ class Play:
         return self.observation
 
     def act(self, chosen: np.ndarray) -> np.ndarray:
-        self.record.append((chosen, *self.step(chosen)))
+        self.record.append((chosen.copy(), *self.step(chosen)))  # the graph may use the array again
         return self.observation
 
     def recorded(self, last: np.ndarray) -> list[np.ndarray]:
@@ -514,7 +514,8 @@ def device() -> int:
 def shortened(gradients, most):
     """As by Keras's `global_clipnorm`, which takes the norm of each by itself: XLA would make 15 operations more."""
     norm = tf.norm(tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], 0))
-    return [gradient * (most / tf.maximum(norm, most)) for gradient in gradients]
+    share = most / tf.maximum(norm, most) + (norm - norm)  # a norm that is not finite makes all NaN, and ends the run
+    return [gradient * share for gradient in gradients]
 
 
 def merge(count, mean, variance, rows):

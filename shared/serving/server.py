@@ -247,7 +247,12 @@ class Server:
             config = self._config(flags) if named else None
             recorder = _recorder(flags) if logs else None
             if config is not None:
-                self.reconfigure(config)
+                try:
+                    self.reconfigure(config)
+                except ValueError as error:
+                    if config != self._known:
+                        raise
+                    log.error("the configuration is not taken again: %s", error)  # the other flags are taken
             self.flags = flags
         core.gate.set(**gate)
         core.access = _access if flags.access_log else None
