@@ -70,7 +70,9 @@ def test_how_a_batch_is_cut(monkeypatch):
              for batch, threads in ((16, 1), (6, 1), (2, 1), (16, 2), (16, 8), (16, 0))}  # fmt: skip
     assert sizes == {(16, 1): [4, 4, 4, 4], (6, 1): [2, 2, 1, 1], (2, 1): [1, 1], (16, 2): [8, 8], (16, 8): [16],
                      (16, 0): [16]}  # fmt: skip
-    assert write._sizes(dataclasses.replace(SMALL, backbone="preset")) == [2]
+    for changes in ({"backbone": "preset"}, {"strategy": "mirrored"}, {"strategy": "multiworker"}):
+        config = dataclasses.replace(SMALL, **changes)
+        assert (write._sizes(config), config.threads) == ([2], 0)
 
 
 # Tokens.

@@ -48,15 +48,16 @@ class Config(run.Config):
     optimizer: Literal["muon", "adamw"] = "muon"  # AdamW takes less time a step, Muon fewer steps; backbones take AdamW
     rate: float = 0.0  # peak learning rate; 0: 0.008, for AdamW 0.003, with a backbone 0.0001, by LoRA 0.001
     decay: float = 0.1  # weight decay; with Muon of its matrices alone
-    # Processors that one operation may take; each step's batch is cut up for them; 0: all, uncut, as a backbone learns.
+    # Processors that one operation may take; each step's batch is cut up for them; 0: all, uncut, as backbones and many
+    # devices learn.
     threads: int = 1
     # Compile the step, or where parts of a batch learn side by side its update alone; on CPU, wide networks are slower.
     xla: bool = True
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
     def __post_init__(self):
-        if self.backbone:
-            object.__setattr__(self, "threads", 0)  # its batches are not cut up, so each operation needs all
+        if self.backbone or self.strategy in ("mirrored", "multiworker"):
+            object.__setattr__(self, "threads", 0)  # batches are not cut up there, so each operation needs all
 
 
 SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16, xla=False)

@@ -33,13 +33,14 @@ def begin(task_name: str, config: Config) -> Config:
     """
     if config.max_cost and not config.price_per_hour:
         raise ValueError("--max-cost needs --price-per-hour: what an hour of this machine costs")
+    if config.strategy == "auto" and workers.configured():
+        config = dataclasses.replace(config, strategy="multiworker")
+    if config.strategy == "multiworker" and not config.name:
+        raise ValueError("many workers need one name for their run: give --name, the same to each")
     if config.threads:
         with contextlib.suppress(RuntimeError):  # TensorFlow is at work in this process already: it stays as it is
             tf.config.threading.set_intra_op_parallelism_threads(config.threads)
-    if config.strategy == "multiworker" or (config.strategy == "auto" and workers.configured()):
-        config = dataclasses.replace(config, strategy="multiworker")
-        if not config.name:
-            raise ValueError("many workers need one name for their run: give --name, the same to each")
+    if config.strategy == "multiworker":
         strategy("multiworker")  # before anything else of TensorFlow
     if config.data_service:
         data_service.check(config.data_service)
