@@ -154,6 +154,13 @@ def test_rollout_of_a_world_known_by_heart(counting, name, length):
     np.testing.assert_array_equal(totals, [length] * 4)
     np.testing.assert_array_equal(lengths, [length] * 4)
     play.reset(1)
+    once = ppo.roll(network, play, tf.zeros([8, 4, 2]), once=True)
+    assert {part: value.shape[0] for part, value in once.items()} == {
+        part: length + (part == "observation") for part in played
+    }
+    for part, whole in zip(ppo.first_episodes(once), (totals, lengths), strict=True):
+        np.testing.assert_array_equal(part, whole)
+    play.reset(1)
     totals, lengths, seen = ppo.episodes(play, lambda seen: np.zeros(4, int))
     np.testing.assert_array_equal(totals, [length] * 4)
     np.testing.assert_array_equal(lengths, [length] * 4)

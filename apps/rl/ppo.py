@@ -38,7 +38,7 @@ class Config(run.Config):
     discount: float = 0.999  # of the reward one step on
     trace: float = 0.98  # lambda of the generalised advantage estimate: how far it trusts rewards, not the value
     clip_range: float = 0.2  # how far an update may move the probability of an action, as a share
-    entropy: float = 0.01  # worth of a nat of the policy's entropy
+    entropy: float = 0.01  # worth of a nat of the policy's entropy at the beginning; it falls as the learning rate does
     # Processors that one operation may take; 1: also one operation at a time, on the one CPU, for handing such small
     # ones over takes longer than they do; 0: all.
     threads: int = 1
@@ -56,7 +56,7 @@ KNOWN = {
 }
 POOLED = ("Acrobot-v1",)  # environments that EnvPool steps faster and just as Gymnasium does (CONTRIBUTING.md)
 LONGEST = 0.5  # gradient, of all weights together; --clip sets another
-TRIED, TESTED = 20, 100  # episodes after each epoch, and in the end
+TRIED, TESTED = 100, 100  # episodes after each epoch, and in the end
 TRY, TEST, RANDOM = 1_000_000, 2_000_000, 3_000_000  # their seeds; training draws its own by the run's seed
 
 
@@ -198,12 +198,14 @@ class Play:
     def begin(self) -> np.ndarray:
         """The observation to go on from; from here on, what `act` does is recorded."""
         self.record = []
-        self.begun = self.observation
+        self.begun, self.over = self.observation, np.zeros(self.count, bool)
         return self.observation
 
-    def act(self, chosen: np.ndarray) -> np.ndarray:
+    def act(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is observed after these choices, and whether every environment has ended an episode of the record."""
         self.record.append((chosen.copy(), *self.step(chosen)))  # the graph may use the array again
-        return self.observation
+        self.over |= self.ended
+        return self.observation, self.over.all()
 
     def recorded(self, last: np.ndarray) -> list[np.ndarray]:
         """Observations up to the last [time + 1, environment, number]; choices and what `step` told [time, …].
@@ -385,7 +387,7 @@ class Learner(keras.Model):
 
     def test_step(self, seed):
         noise = tf.zeros([self.world.limit, TRIED, self.world.count])
-        value = tf.reduce_mean(first_episodes(roll(self.network, self.plays[device()][1], noise))[0])
+        value = tf.reduce_mean(first_episodes(roll(self.network, self.plays[device()][1], noise, once=True))[0])
         return {"loss": -value, "return": value}  # the best epoch is the one with the lowest loss
 
     def _play(self, steps):
@@ -482,7 +484,8 @@ class Learner(keras.Model):
             of_policy = -mean(tf.minimum(ratio * rows["gain"], clipped * rows["gain"]))  # Schulman et al. 2017, eq. 7
             value = outputs["value"] / tf.stop_gradient(self.network.get_layer("unit").kernel[0, 0])
             of_value = 0.5 * mean(tf.square(value - rows["aim"]))
-            loss = of_policy + 0.5 * of_value - config.entropy * mean(entropy)
+            worth = config.entropy * self.optimizer.learning_rate / config.rate
+            loss = of_policy + 0.5 * of_value - worth * mean(entropy)
         gradients = tape.gradient(loss, self.network.trainable_variables)
         return gradients, tf.stack([loss, mean(entropy), mean(ratio - 1 - tf.math.log(ratio))])
 
@@ -549,11 +552,12 @@ def accumulated(values, shares, carried, *, reverse=False):
 
 
 @tf.function
-def roll(network: keras.Model, play: Play, noise: tf.Tensor) -> dict[str, tf.Tensor]:
+def roll(network: keras.Model, play: Play, noise: tf.Tensor, *, once: bool = False) -> dict[str, tf.Tensor]:
     """Play on from where the environments are.
 
     Args:
         noise: added to the logits, or in deviations to the mean, [time, environment, number]; zeros choose the best.
+        once: stop where each environment has ended an episode.
 
     Returns:
         `observation` [time + 1, environment, number]; `choice` [time, environment, …]; and, [time, environment],
@@ -568,10 +572,14 @@ def roll(network: keras.Model, play: Play, noise: tf.Tensor) -> dict[str, tf.Ten
             choice = tf.argmax(policy + noise[time], -1)
         else:
             choice = policy[:, : world.count] + tf.exp(policy[:, world.count :]) * noise[time]
-        observation = tf.ensure_shape(tf.numpy_function(play.act, [choice], tf.float32), shape)
+        observation, over = tf.numpy_function(play.act, [choice], (tf.float32, tf.bool))
+        observation = tf.ensure_shape(observation, shape)
+        if once and tf.ensure_shape(over, []):
+            break
     observed, chosen, *told = tf.numpy_function(play.recorded, [observation], (tf.float32, kind, *TOLD.values()))
+    count = None if once else count
     return {
-        "observation": tf.ensure_shape(observed, [count + 1, *shape]),
+        "observation": tf.ensure_shape(observed, [None if once else count + 1, *shape]),
         "choice": tf.ensure_shape(chosen, [count, play.count, *[world.count] * (not world.discrete)]),
         **{name: tf.ensure_shape(values, [count, play.count]) for name, values in zip(TOLD, told, strict=True)},
     }
@@ -589,7 +597,7 @@ def measure(config: Config, model: keras.Model, splits: data.Splits) -> dict[str
     world = World.of(config)
     play = Play(world, TESTED)
     play.reset(int(next(iter(splits.test))[0]))
-    totals, lengths = first_episodes(roll(model, play, tf.zeros([world.limit, TESTED, world.count])))
+    totals, lengths = first_episodes(roll(model, play, tf.zeros([world.limit, TESTED, world.count]), once=True))
     if training.workers.chief():
         film(config, model)
     return {
