@@ -60,7 +60,7 @@ MORE = (
             "--no-xla",
             "--epochs=9",
         ),
-        "minutes",
+        "20-minutes",
     ),
 )
 
