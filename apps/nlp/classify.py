@@ -124,8 +124,8 @@ def _read(config: Config) -> tuple[texts.Texts, dict[str, str]]:
         raise ValueError(f"{config.data} holds no labelled texts; nlp.classify takes {', '.join(NAMED)}, or a path")
     else:
         found = texts.read(Path(config.data), fine=fine, on_error=config.on_error)
-    if parts := config.folds:
-        protocol = f"part {config.fold + 1} of {parts}, stratified"
+    if config.folds:
+        protocol = f"part {config.fold + 1} of {config.folds}, stratified"
     elif "test" in found.splits:
         protocol = "official test split" if config.data in NAMED else "its test split"
     else:
