@@ -96,7 +96,7 @@ def test_sigkill_and_sigterm_as_a_user_meets_them(cornucopia, tmp_path):
     with command(tmp_path, "--name=broken", "--resume") as process:
         wait_for(tmp_path, "broken", "checkpoint-1-at-*", process)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "by SIGTERM, saved; go on with --resume --name=broken" in said
     done = cornucopia("train", *LONG, "--name=broken", "--resume")

@@ -41,7 +41,7 @@ def make_model(config, splits, *, dropout=0.0, rate=0.1):
         )
         model.compile(
             keras.optimizers.Adam(training.cosine(config, splits, rate=rate)),
-            keras.losses.CategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
+            keras.losses.CategoricalCrossentropy(from_logits=True), metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
         )  # fmt: skip
     return model
 

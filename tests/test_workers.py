@@ -195,7 +195,7 @@ def test_launch_trains_exports_and_a_killed_worker_stops_all(tmp_path):
             time.sleep(0.05)
         (pid,) = children_with(killed.pid, "worker", index=1)
         os.kill(pid, signal.SIGKILL)
-        said = killed.communicate(timeout=60)[0]
+        said = killed.communicate(timeout=200)[0]
     assert killed.returncode == 1
     assert "ended with exit code" in said
     with launched(tmp_path, *SMALL, "--epochs=3", "--name=killed", "--resume") as resumed:

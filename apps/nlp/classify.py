@@ -309,7 +309,7 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     # The network's own answers are geometric means of its members', which do not sum to one: their divergence from
     # the target is the mean of the members' own, so that each learns by itself (Webb et al. 2019).
     network.compile(keras.optimizers.AdamW(rate, weight_decay=0.01 if config.backbone else 0.0), "kl_divergence",
-                    metrics=["accuracy"])  # fmt: skip
+                    metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")])  # fmt: skip
     return model
 
 
