@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
@@ -66,36 +66,16 @@ def cornucopia(tmp_path):
     return run
 
 
-@pytest.fixture(scope="session")
-def forks():
-    """What forks processes off one in which TensorFlow is imported and nothing has run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensorflow", "keras", "shared.command"])
-    return context
-
-
-def _command(words, folder, out, err):
-    os.chdir(folder)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = ["cornucopia", *words]
-    command.main()
-
-
 @pytest.fixture
-def forked(tmp_path, tmp_path_factory, forks):
-    """As `cornucopia`, in a process that need not import TensorFlow, which takes some 5 s."""
+def forked(tmp_path, tmp_path_factory):
+    """As `cornucopia`, in a process that begins with TensorFlow imported."""
 
     def run(*words, expect=0):
         out, err = (tmp_path_factory.mktemp("said") / name for name in ("out", "err"))
-        process = forks.Process(target=_command, args=(words, tmp_path, out, err))
-        process.start()
-        process.join(300)
-        process.kill()
-        process.join()
-        said = subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
-        assert said.returncode == expect, f"exit code {said.returncode}\n{said.stdout}\n{said.stderr}"
-        return said
+        code = forks.ended(forks.start(forks.cornucopia, *words, folder=tmp_path, out=out, err=err))
+        done = subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+        assert done.returncode == expect, f"exit code {code}\n{done.stdout}\n{done.stderr}"
+        return done
 
     return run
 

@@ -1,11 +1,10 @@
-"""A process that trains a small network as `training.fit` does, for tests/test_workers.py:
+"""What a process of tests/test_workers.py does: it trains a small network as `training.fit` does.
 
-python tests/one_worker.py FOLDER KIND STRATEGY [DATA_SERVICE]; KIND is plain, normalised, custom, or limited: then the
-time of the second worker alone is up at once. Writes FOLDER/result-INDEX.json.
+KIND is plain, normalised, custom, or limited: then the time of the second worker alone is up at once. Writes
+FOLDER/result-INDEX.json.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +62,10 @@ def main(folder: Path, kind: str, strategy: str, service: str = "") -> None:
         if kind == "normalised":
             y = keras.layers.BatchNormalization(synchronized=True)(y)
         model = (Custom if kind == "custom" else keras.Model)(x, keras.layers.Dense(2)(y))
+        accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
         model.compile(
             keras.optimizers.Adam(training.cosine(config, splits, rate=0.02)),
-            keras.losses.CategoricalCrossentropy(from_logits=True), metrics=["accuracy"] if kind != "custom" else None,
+            keras.losses.CategoricalCrossentropy(from_logits=True), metrics=[accuracy] if kind != "custom" else None,
         )  # fmt: skip
     history = {}
 
@@ -86,7 +86,3 @@ def main(folder: Path, kind: str, strategy: str, service: str = "") -> None:
     }
     (folder / f"result-{training.workers.index()}.json").write_text(json.dumps(result))
     training.workers.meet(training.strategy(config.strategy))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -18,9 +18,9 @@ from shared import data
 SMALL = ("--size=8", "--width=8", "--batch=16", "--epochs=2")
 
 
-def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornucopia, python, serving, tmp_path):
+def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornucopia, forked, python, serving, tmp_path):
     folder = pictures(count=30, mode="RGB")
-    done = cornucopia("train", "vision.classify", f"--data={folder}", *SMALL, "--epochs=6")
+    done = forked("train", "vision.classify", f"--data={folder}", *SMALL, "--epochs=6")
     assert "audit      train 75  validation 6  test 9  in 3 classes" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)  # light, dark and striped are easy to tell apart
 
@@ -62,11 +62,11 @@ def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornuco
     (extra / "config.json").write_text(json.dumps(record))
     for file in folder.rglob("*.png"):
         Image.open(file).convert("L").resize((30, 24)).save(file)
-    done = cornucopia("evaluate", "vision.classify", f"--data={folder}")
+    done = forked("evaluate", "vision.classify", f"--data={folder}")
     assert "all of it" in done.stdout
     assert re.search(r"accuracy +(1\.0|0\.9)", done.stdout)
     (folder / "dark").rename(folder / "dim")
-    done = cornucopia("evaluate", "vision.classify", f"--data={folder}", expect=2)
+    done = forked("evaluate", "vision.classify", f"--data={folder}", expect=2)
     assert "are not the model's ['dark', 'light', 'striped']" in done.stderr
 
 
@@ -97,15 +97,15 @@ def test_bad_input_ends_in_advice(pictures, mistaken, spoil, flags, message):
     assert message in said.err.replace("\n", " ")
 
 
-def test_corrupt_picture_can_be_skipped(pictures, cornucopia):
+def test_corrupt_picture_can_be_skipped(pictures, forked):
     folder = pictures()
     (folder / "dark" / "0.png").write_bytes(b"x")
-    done = cornucopia("train", "vision.classify", f"--data={folder}", *SMALL, "--on-error=skip", "--epochs=1")
+    done = forked("train", "vision.classify", f"--data={folder}", *SMALL, "--on-error=skip", "--epochs=1")
     assert "unreadable 1, constant 0" in done.stdout
     assert "left out dark/0.png" in done.stdout
 
 
-def test_backbone_from_a_preset_folder(pictures, tmp_path, cornucopia):
+def test_backbone_from_a_preset_folder(pictures, tmp_path, forked):
     code = (
         "import keras, keras_hub\n"
         "keras.utils.set_random_seed(1)\n"
@@ -116,7 +116,7 @@ def test_backbone_from_a_preset_folder(pictures, tmp_path, cornucopia):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     folder = pictures()
     flags = ("train", "vision.classify", f"--data={folder}", "--batch=16", "--size=32", "--backbone=preset")
-    done = cornucopia(*flags, "--epochs=4", "--frozen=2")
+    done = forked(*flags, "--epochs=4", "--frozen=2")
     assert "network    backbone" in done.stdout
     assert "over gRPC equal the model in memory" in done.stdout
 

@@ -225,9 +225,9 @@ def test_a_run_goes_on_without_the_service(tmp_path):
 # As a user starts it.
 
 
-def test_two_commands_train_and_serve(tmp_path, cornucopia):
+def test_two_commands_train_and_serve(tmp_path, forked):
     with command_of(tmp_path, "--port=0", "--workers=2") as (process, address):
-        said = cornucopia("train", "vision.classify", "--size=8", "--width=8", "--batch=64", "--epochs=1", "--name=a",
+        said = forked("train", "vision.classify", "--size=8", "--width=8", "--batch=64", "--epochs=1", "--name=a",
                           f"--data-service={address}").stdout  # fmt: skip
         assert "8 answers over gRPC equal the model in memory" in said
         process.send_signal(signal.SIGINT)
@@ -236,7 +236,7 @@ def test_two_commands_train_and_serve(tmp_path, cornucopia):
 
 def test_two_devices_and_two_processes_learn_as_one(tmp_path):
     (one,) = together(tmp_path / "one", "plain", count=1, strategy="one")
-    with servers() as (address, _):
+    with command_of(tmp_path, "--port=0", "--workers=2") as (_, address):
         (mirrored,) = together(tmp_path / "mirrored", "plain", count=1, strategy="mirrored", service=address)
         first, second = together(tmp_path / "workers", "plain", service=address)
     close(one, mirrored, within=1e-5)

@@ -5,11 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import forks
 import keras
 import numpy as np
 import pytest
@@ -70,17 +68,17 @@ def test_killed_within_an_epoch_equals_uninterrupted(tmp_path, monkeypatch, step
         np.testing.assert_allclose(history(again)[metric], curve, rtol=1e-6, err_msg=metric)
 
 
-def command(tmp_path, *flags):
-    words = [Path(sys.executable).with_name("cornucopia"), "train", *LONG, *flags]
-    return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(tmp_path, name, pattern, process):
+def begun(tmp_path, *flags, until):
+    """A process that trains, as soon as the run has such a file."""
+    process = forks.start(
+        forks.cornucopia, "train", *LONG, "--name=broken", *flags, folder=tmp_path, out=tmp_path / "log"
+    )
     end = time.monotonic() + 120
-    while not list((tmp_path / "runs" / name).glob(pattern)):
+    while not list((tmp_path / "runs" / "broken").glob(until)):
         assert time.monotonic() < end
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.005)
+    return process
 
 
 def weights(tmp_path, version):
@@ -88,18 +86,17 @@ def weights(tmp_path, version):
     return keras.saving.load_model(path).get_weights()
 
 
-def test_sigkill_and_sigterm_as_a_user_meets_them(cornucopia, tmp_path):
-    cornucopia("train", *LONG, "--name=whole")
-    with command(tmp_path, "--name=broken") as process:
-        wait_for(tmp_path, "broken", "checkpoint-0-at-*", process)
-        process.kill()
-    with command(tmp_path, "--name=broken", "--resume") as process:
-        wait_for(tmp_path, "broken", "checkpoint-1-at-*", process)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, said
+def test_sigkill_and_sigterm_as_a_user_meets_them(forked, tmp_path):
+    forked("train", *LONG, "--name=whole")
+    process = begun(tmp_path, until="checkpoint-0-at-*")
+    process.kill()
+    assert forks.ended(process) == -signal.SIGKILL
+    process = begun(tmp_path, "--resume", until="checkpoint-1-at-*")
+    process.terminate()
+    code, said = forks.ended(process), (tmp_path / "log").read_text()
+    assert code == 0, said
     assert "by SIGTERM, saved; go on with --resume --name=broken" in said
-    done = cornucopia("train", *LONG, "--name=broken", "--resume")
+    done = forked("train", *LONG, "--name=broken", "--resume")
     assert "steps of the next are done" in done.stdout
     for want, have in zip(weights(tmp_path, 1), weights(tmp_path, 2), strict=True):
         np.testing.assert_array_equal(want, have)

@@ -35,8 +35,8 @@ def table(tmp_path):
     return path
 
 
-def test_table_to_served_answer(table, cornucopia, python, serving, tmp_path):
-    done = cornucopia("train", "nlp.classify", f"--data={table}", *SMALL)
+def test_table_to_served_answer(table, cornucopia, forked, python, serving, tmp_path):
+    done = forked("train", "nlp.classify", f"--data={table}", *SMALL)
     assert "audit      train 51  validation 3  test 6  in 2 classes" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)  # money and food are easy to tell apart
 
@@ -66,17 +66,17 @@ def test_table_to_served_answer(table, cornucopia, python, serving, tmp_path):
         "assert scores.shape == (2, 2) and np.isfinite(scores).all()\n",
         str(extra / "model.keras"),
     )
-    done = cornucopia("evaluate", "nlp.classify", f"--data={table}")
+    done = forked("evaluate", "nlp.classify", f"--data={table}")
     assert "all of it" in done.stdout
     assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
     table.write_text(table.read_text().replace(",food", ",meals"))
-    done = cornucopia("evaluate", "nlp.classify", f"--data={table}", expect=2)
+    done = forked("evaluate", "nlp.classify", f"--data={table}", expect=2)
     assert "are not the model's ['food', 'money']" in done.stderr
 
 
-def test_folds_test_every_text_once_and_go_on_where_they_broke(table, cornucopia, tmp_path):
+def test_folds_test_every_text_once_and_go_on_where_they_broke(table, forked, tmp_path):
     flags = ("train", "nlp.classify", f"--data={table}", *SMALL, "--folds=2", "--name=crossed")
-    done = cornucopia(*flags)
+    done = forked(*flags)
     assert "test       mean of 2-fold cross-validation, stratified" in done.stdout
     assert done.stdout.count("fold       ") == 1
     assert done.stdout.count("test       part ") == 2
@@ -85,7 +85,7 @@ def test_folds_test_every_text_once_and_go_on_where_they_broke(table, cornucopia
     assert sorted(np.concatenate(parts)) == list(range(60))
     for checkpoint in (tmp_path / "runs" / "crossed" / "fold-1").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # as if it had been killed in there
-    again = cornucopia(*flags, "--resume")
+    again = forked(*flags, "--resume")
     shown = [re.findall(r"accuracy +\d\.\d+ .*", run.stdout)[-1] for run in (done, again)]
     assert shown[0] == shown[1]
     assert again.stdout.count("2 of 2 epochs are done") == 1
@@ -213,8 +213,8 @@ def test_a_text_in_a_row_with_others_is_as_alone_between_zeros(table):
         np.testing.assert_allclose(found[row], dense(ops.concatenate(most, -1))[0], rtol=1e-4, atol=0.01)
 
 
-def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, cornucopia, tmp_path):
-    cornucopia("train", "nlp.classify", f"--data={table}", *SMALL)
+def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, forked, tmp_path):
+    forked("train", "nlp.classify", f"--data={table}", *SMALL)
     model = keras.saving.load_model(tmp_path / "saved_models/nlp.classify/1/assets.extra/model.keras")
     for text in ("the bank and my Card, dinner", "soup", "soup soup bank 🙂", "nothing known here"):
         label, gain, parts = classify.explain(model, text)
@@ -228,16 +228,16 @@ def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, cornucopia,
     assert parts[ours] > 0 > parts[others]
     assert max(parts, key=parts.get) == ours
 
-    done = cornucopia("explain", "nlp.classify", "--text=my bank card")
+    done = forked("explain", "nlp.classify", "--text=my bank card")
     assert "label      money" in done.stdout
     gain, total = re.search(r"gain +(\S+) of its score .* sum to (\S+)", done.stdout).groups()
     assert float(gain) == pytest.approx(float(total), abs=0.003)
     assert "bank\033[0m" in done.stdout
-    done = cornucopia("explain", "vision.classify", "--text=x", expect=2)
+    done = forked("explain", "vision.classify", "--text=x", expect=2)
     assert "vision.classify does not explain its answers" in done.stderr
 
 
-def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornucopia, serving, tmp_path):
+def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornucopia, forked, serving, tmp_path):
     import keras_hub
 
     words = [word for part in WORDS.values() for word in part] + ["the", "and", "my", "number", "##s", "1", "##2"]
@@ -253,13 +253,13 @@ def test_a_backbone_learns_on_and_is_served_with_its_own_tokenizer(table, cornuc
     np.testing.assert_array_equal(tokens["padding_mask"][1], [1, 1, 1] + [0] * 9)
 
     flags = (f"--data={table}", f"--backbone={folder}", "--length=32", "--batch=16", "--epochs=6", "--rate=0.01")
-    done = cornucopia("train", "nlp.classify", *flags)
+    done = forked("train", "nlp.classify", *flags)
     assert re.search(r"accuracy +1\.0000", done.stdout)
     assert "Warning" not in done.stderr
     with serving() as address:  # in a process that has not loaded TensorFlow Text
         answer = cornucopia("ask", "nlp.classify", "--text=dinner and soup 🙂", f"--address={address}").stdout
         assert re.search(r"^label +food$", answer, re.MULTILINE)
-    done = cornucopia("explain", "nlp.classify", "--text=soup", expect=2)
+    done = forked("explain", "nlp.classify", "--text=soup", expect=2)
     assert "only networks from scratch are explained" in done.stderr
 
 
@@ -347,10 +347,10 @@ def test_a_hugging_face_checkpoint_is_read_as_it_is(tmp_path, prefix):
         np.testing.assert_allclose(vectors[row, :count], expected, atol=1e-4)
 
 
-def test_a_hugging_face_checkpoint_learns_on_and_is_served(cornucopia, serving, tmp_path):
+def test_a_hugging_face_checkpoint_learns_on_and_is_served(cornucopia, forked, serving, tmp_path):
     hugging_face(tmp_path / "checkpoint")
     flags = ("--backbone=checkpoint", "--length=16", "--epochs=1")
-    done = cornucopia("train", "nlp.classify", *flags)
+    done = forked("train", "nlp.classify", *flags)
     assert "8 answers over gRPC equal the model in memory" in done.stdout
     assert "Warning" not in done.stderr
     with serving() as address:

@@ -202,8 +202,8 @@ def test_interquartile_mean_by_hand():
     assert acting.interquartile_mean(np.array([7.0])) == 7
 
 
-def test_a_policy_that_balances_is_served(cornucopia, serving, tmp_path):
-    done = cornucopia("train", "rl.ppo", "--steps=20480", "--epochs=2")
+def test_a_policy_that_balances_is_served(cornucopia, forked, serving, tmp_path):
+    done = forked("train", "rl.ppo", "--steps=20480", "--epochs=2")
     value = float(re.search(r"\n +return +(\S+)", done.stdout)[1])
     assert value > 400  # of 500; at random it is about 22
     run = next((tmp_path / "runs").glob("rl.ppo-*"))
@@ -224,16 +224,16 @@ def test_a_policy_that_balances_is_served(cornucopia, serving, tmp_path):
                 with pytest.raises(ServerError) as refused:
                     client.predict("rl.ppo", {"observation": np.array(wrong, np.float32)})
                 assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
-        done = cornucopia("evaluate", "rl.ppo")
+        done = forked("evaluate", "rl.ppo")
         assert re.search(r"return +[45]\d\d\.", done.stdout)
         answer = cornucopia("ask", "rl.ppo", "--observation=0,0,0.1,0.2", f"--address={address}").stdout
         assert re.search(r"^action +1$", answer, re.MULTILINE)  # it falls to the right: push there
         assert re.search(r"^value +\d", answer, re.MULTILINE)
 
 
-def test_continuous_actions_stay_in_their_bounds(cornucopia, serving):
+def test_continuous_actions_stay_in_their_bounds(forked, serving):
     flags = ("--data=Pendulum-v1", "--steps=4096", "--epochs=2", "--batch=256", "--environments=4", "--width=8")
-    cornucopia("train", "rl.ppo", *flags)
+    forked("train", "rl.ppo", *flags)
     with serving() as address, Client(address) as client:
         seen = np.array([[1, 0, 0], [-1, 0, 8], [1000, -1000, 1000]], np.float32)
         answer = client.predict("rl.ppo", {"observation": seen})
@@ -287,9 +287,9 @@ def test_observations_are_normalised_by_what_was_seen(counting, tmp_path, monkey
     assert np.abs(served("wide") - first).max() > 1e-3 * np.abs(first).max()
 
 
-def test_several_seeds_to_one_result(cornucopia, tmp_path, monkeypatch):
+def test_several_seeds_to_one_result(forked, tmp_path, monkeypatch):
     flags = ("--seeds=2", "--steps=512", "--epochs=2", "--width=8", "--batch=256", "--environments=4")
-    done = cornucopia("train", "rl.ppo", *flags)
+    done = forked("train", "rl.ppo", *flags)
     assert "test       interquartile mean over 2 trainings by other seeds, each 100 greedy episodes\n" in done.stdout
     (run,) = (tmp_path / "runs").glob("rl.ppo-*")
     assert [path.name for path in run.glob("seed-*")] == ["seed-2"]  # the run itself has seed 1

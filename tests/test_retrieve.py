@@ -177,18 +177,18 @@ def test_user_and_history_may_be_left_out(config, tmp_path, capsys):
                 assert f"basis      {basis}\n" in capsys.readouterr().out
 
 
-def test_folder_to_answer_and_bad_data(cornucopia, mistaken, tmp_path, capsys):
+def test_folder_to_answer_and_bad_data(forked, mistaken, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "u.data").write_text(retrieve.made_up(3))
     (tmp_path / "mine" / "u.item").write_text("1|The First (1995)|\n")
-    done = cornucopia("train", "recommendation.retrieve", "--data=mine", *SMALL)
+    done = forked("train", "recommendation.retrieve", "--data=mine", *SMALL)
     assert re.search(r"audit +[\d,]+ interactions of 200 users with \d+ items", done.stdout)
     assert "baseline   popularity: ndcg@10" in done.stdout
     assert "baseline   EASE, penalty" in done.stdout
     version = tmp_path / "saved_models" / "recommendation.retrieve" / "1"
     report = json.loads((version / "assets.extra" / "metrics.json").read_text())
     assert report["test"]["ndcg@10"]["value"] > report["baseline"]["ndcg@10"]["value"]
-    again = cornucopia("evaluate", "recommendation.retrieve", "--data=mine")
+    again = forked("evaluate", "recommendation.retrieve", "--data=mine")
     value = f"{report['test']['ndcg@10']['value']:.4f}"
     assert re.search(rf"ndcg@10 +{value}", again.stdout)
 
@@ -252,8 +252,8 @@ def test_sampled_loss_is_corrected_for_frequency_and_accidental_hits(config):
     assert float(found) == pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_sampled_loss_learns(cornucopia):
-    done = cornucopia("train", "recommendation.retrieve", "--loss=sampled", "--linear=0", "--rate=0.01",
+def test_sampled_loss_learns(forked):
+    done = forked("train", "recommendation.retrieve", "--loss=sampled", "--linear=0", "--rate=0.01",
                       "--index=streaming", *SMALL)  # fmt: skip
     losses = [float(value) for value in re.findall(r"val_loss ([\d.]+)", done.stdout)]
     assert losses[-1] < losses[0]

@@ -48,9 +48,9 @@ def packed(samples, rate=8_000, form="<i2"):
     return file.getvalue()
 
 
-def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucopia, serving, tmp_path):
+def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucopia, forked, serving, tmp_path):
     flags = (f"--data={words}", "--width=8", "--batch=16", "--epochs=8", "--pitch=0.05")
-    done = cornucopia("train", "speech.spot", *flags)
+    done = forked("train", "speech.spot", *flags)
     assert "audit      train 66  validation 6  test 8  in 2 classes" in done.stdout
     assert re.search(r"\n +accuracy +1\.0000", done.stdout)  # up and down are easy to tell apart
 
@@ -80,7 +80,7 @@ def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucop
         answer = cornucopia("ask", "speech.spot", "--audio=noise.wav", f"--address={address}").stdout
         assert re.search(r"^score +0\.[0-4]", answer, re.MULTILINE)
 
-    done = cornucopia("evaluate", "speech.spot", f"--data={words}")
+    done = forked("evaluate", "speech.spot", f"--data={words}")
     assert "all of it" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)
 

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import forks
 import keras
 import numpy as np
 import pytest
@@ -41,8 +39,9 @@ def make_model(config, splits, *, dropout=0.0, rate=0.1):
         )
         model.compile(
             keras.optimizers.Adam(training.cosine(config, splits, rate=rate)),
-            keras.losses.CategoricalCrossentropy(from_logits=True), metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-        )  # fmt: skip
+            keras.losses.CategoricalCrossentropy(from_logits=True),
+            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        )
     return model
 
 
@@ -311,19 +310,16 @@ def metrics_of(tmp_path, version):
     return report["test"], keras.saving.load_model(extra / "model.keras").get_weights()
 
 
-def test_same_seed_same_run_to_the_bit_and_killed_is_no_different(cornucopia, tmp_path):
-    cornucopia("train", *FLAGS, "--name=whole")
+def test_same_seed_same_run_to_the_bit_and_killed_is_no_different(forked, tmp_path):
+    forked("train", *FLAGS, "--name=whole")
     log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("cornucopia"), "train", *FLAGS, "--name=killed"], cwd=tmp_path, stdout=out
-        )
-        while "  2/4 " not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = cornucopia("train", *FLAGS, "--name=killed", "--resume")
+    process = forks.start(forks.cornucopia, "train", *FLAGS, "--name=killed", folder=tmp_path, out=log)
+    while not log.exists() or "  2/4 " not in log.read_text():
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    assert forks.ended(process) == -signal.SIGKILL
+    done = forked("train", *FLAGS, "--name=killed", "--resume")
     assert "of 4 epochs are done" in done.stdout
     (metrics, weights), (metrics_again, weights_again) = metrics_of(tmp_path, 1), metrics_of(tmp_path, 2)
     assert metrics == metrics_again

@@ -3,12 +3,12 @@
 import dataclasses
 import importlib
 import json
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 from typing import Annotated, Literal
 
+import forks
 import keras_tuner
 import pytest
 
@@ -127,13 +127,13 @@ def test_of_equal_trials_the_earlier_is_best(tmp_path):
     assert [one.trial_id for one in tuning.rank(trials)] == ["0", "1", "2"]
 
 
-def test_what_cannot_be_tuned_is_told_at_once(cornucopia):
-    said = cornucopia("tune", "rl.ppo", expect=2).stderr
+def test_what_cannot_be_tuned_is_told_at_once(forked):
+    said = forked("tune", "rl.ppo", expect=2).stderr
     assert "rl.ppo marks no field with a range" in said
     assert "vision.classify" in said
     given = ("--rate=0.1", "--decay=0", "--width=8", "--mix=none")
-    assert "leave out one of rate, decay" in cornucopia("tune", "vision.classify", *given, expect=2).stderr
-    assert "give 1 or more" in cornucopia("tune", "vision.classify", "--trials=0", expect=2).stderr
+    assert "leave out one of rate, decay" in forked("tune", "vision.classify", *given, expect=2).stderr
+    assert "give 1 or more" in forked("tune", "vision.classify", "--trials=0", expect=2).stderr
 
 
 def test_keras_tuner_is_missing(monkeypatch):
@@ -142,21 +142,19 @@ def test_keras_tuner_is_missing(monkeypatch):
         command._tune(["vision.classify"])
 
 
-def test_interrupted_search_goes_on_within_its_trial(cornucopia, tmp_path):
+def test_interrupted_search_goes_on_within_its_trial(forked, tmp_path):
     flags = (*TUNE, "--epochs=3", "--trials=2")
-    program = [Path(sys.executable).with_name("cornucopia"), *flags]
-    with subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
-        said = ""
-        while "trial_1" not in said or not said.splitlines()[-1].startswith("  1/3"):
-            line = first.stdout.readline()
-            assert line, said
-            said += line
-        first.send_signal(signal.SIGINT)
-        said += first.communicate(timeout=120)[0]
-    assert first.returncode == 130
+    log = tmp_path / "log"
+    first = forks.start(forks.cornucopia, *flags, folder=tmp_path, out=log)
+    while not log.exists() or "  1/3 " not in log.read_text().partition("trial_1")[2]:
+        assert first.is_alive(), log.read_text()
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGINT)
+    code, said = forks.ended(first), log.read_text()
+    assert code == 130, said
     assert "the search goes on with cornucopia tune vision.classify --resume --name=a" in said
     folder = tmp_path / "runs" / "tune-a"
-    done = cornucopia(*flags, "--resume").stdout
+    done = forked(*flags, "--resume").stdout
     assert "trial_0\n" not in done
     assert "of 3 epochs" in done
     assert "defaults" in done
@@ -167,11 +165,11 @@ def test_interrupted_search_goes_on_within_its_trial(cornucopia, tmp_path):
     replay = (folder / "best.flags").read_text().split()
     again = command.tyro.cli(command.head("vision.classify"), args=replay)
     assert {key: value for key, value in dataclasses.asdict(again).items() if key in chosen} == chosen
-    assert "was another" in cornucopia(*flags, "--resume", "--method=bayesian", expect=2).stderr
+    assert "was another" in forked(*flags, "--resume", "--method=bayesian", expect=2).stderr
 
 
-def test_workers_share_a_search(cornucopia, tmp_path):
-    done = cornucopia(*TUNE, "--epochs=1", "--trials=3", "--workers=2")  # none waits for another for ever
+def test_workers_share_a_search(forked, tmp_path):
+    done = forked(*TUNE, "--epochs=1", "--trials=3", "--workers=2")  # none waits for another for ever
     logs = [(tmp_path / "runs" / "tune-a" / f"worker-{index}.log").read_text() for index in (0, 1)]
     assert sorted(number for log in logs for number in "012" if f"trial_{number}\n" in log) == ["0", "1", "2"]
     lines = done.stdout.rsplit("mix\n", 1)[1].splitlines()
@@ -179,7 +177,7 @@ def test_workers_share_a_search(cornucopia, tmp_path):
     assert "$(cat runs/tune-a/best.flags)" in lines[3]
 
 
-def test_no_trial_came_to_a_score(cornucopia):
-    done = cornucopia("tune", "vision.classify", "--data=nowhere", "--trials=2", "--name=b", expect=2)
+def test_no_trial_came_to_a_score(forked):
+    done = forked("tune", "vision.classify", "--data=nowhere", "--trials=2", "--name=b", expect=2)
     assert "FileNotFoundError: nowhere does not exist" in done.stdout
     assert done.stderr.startswith("cornucopia: none of 2 trials came to a score; why not is in runs/tune-b/trial_*")

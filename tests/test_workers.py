@@ -9,31 +9,31 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
+import one_worker
 import pytest
-from conftest import ROOT
 
 from shared.launch import free_ports
 from shared.training import workers
 
-PROGRAM = [sys.executable, str(ROOT / "tests" / "one_worker.py")]
 
-
-def together(folder, kind, *, count=2, strategy="multiworker", service=""):
-    """Run the program in so many processes; their results, or the first's output where one failed."""
-    folder.mkdir()
+def workers_of(function, *words, count, folder, logs):
+    """Call a function in so many processes that know of each other; their exit codes."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     processes = []
     for index in range(count):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if count > 1:
-            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            environment["TF_CONFIG"] = json.dumps(task)
-        processes.append(subprocess.Popen([*PROGRAM, str(folder), kind, strategy, service], env=environment, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
-    said = [process.communicate(timeout=150)[0] for process in processes]
-    if any(process.returncode for process in processes):
-        return said[0]
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        env = {"TF_CONFIG": json.dumps(task)} if count > 1 else {}
+        processes.append(forks.start(function, *words, folder=folder, out=logs / f"worker-{index}.log", env=env))
+    return [forks.ended(process) for process in processes]
+
+
+def together(folder, kind, *, count=2, strategy="multiworker", service=""):
+    """Train a small network in so many processes; their results, or the first's output where one failed."""
+    folder.mkdir()
+    if any(workers_of(one_worker.main, folder, kind, strategy, service, count=count, folder=folder, logs=folder)):
+        return (folder / "worker-0.log").read_text()
     return [json.loads((folder / f"result-{index}.json").read_text()) for index in range(count)]
 
 
@@ -235,7 +235,10 @@ SMALLEST = {  # vision.classify stands above
 
 @pytest.mark.parametrize("task", SMALLEST)
 def test_first_task_of_each_app_learns_in_two_processes(tmp_path, task):
-    with launched(tmp_path, task, *SMALLEST[task], "--epochs=1", "--name=whole") as whole:
-        said = whole.communicate(timeout=200)[0]
-    assert whole.returncode == 0, said  # of both workers
+    words = ("train", task, *SMALLEST[task], "--epochs=1", "--name=whole", "--strategy=multiworker")
+    logs = tmp_path / "runs" / "whole"
+    logs.mkdir(parents=True)
+    codes = workers_of(forks.cornucopia, *words, count=2, folder=tmp_path, logs=logs)
+    said = (logs / "worker-0.log").read_text()
+    assert codes == [0, 0], said
     assert_learned_alike_and_exported_once(tmp_path, task, said)

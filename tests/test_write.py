@@ -498,11 +498,11 @@ def test_lora_changes_its_own_weights_alone_and_is_served(tmp_path):
     assert float(scored["log_probability"][0]) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, cornucopia, serving):
+def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, cornucopia, forked, serving):
     preset(tmp_path / "preset")
     (tmp_path / "lines.txt").write_text(LINES * 20)
     flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1", "--no-xla")
-    done = cornucopia("train", "generative.write", *flags)
+    done = forked("train", "generative.write", *flags)
     assert "8 answers over gRPC equal the model in memory" in done.stdout
     graph = (tmp_path / "saved_models" / "generative.write" / "1" / "saved_model.pb").read_bytes()
     assert b"MutableHashTable" not in graph  # nothing that grows with what a server is sent
@@ -511,7 +511,7 @@ def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, 
         done = cornucopia("ask", "generative.write", *words, f"--address={address}")
         assert re.search(r"^unknown +0$", done.stdout, re.MULTILINE)
     (tmp_path / "other.txt").write_text("Sein oder Nichtsein, das ist hier die Frage. 🙂\n" * 3)
-    done = cornucopia("evaluate", "generative.write", "--data=other.txt")
+    done = forked("evaluate", "generative.write", "--data=other.txt")
     assert "version 1 on other.txt: all of it, 141 characters in windows of 16 tokens\n" in done.stdout
     assert "Warning" not in done.stderr
 
@@ -560,15 +560,15 @@ def test_a_saved_model_is_measured_on_another_text_in_its_own_tokens(tmp_path, t
             write.load_other(dataclasses.replace(config, data=str(tmp_path / "other.txt")), splits.names)
 
 
-def test_evaluate_on_another_alphabet_and_on_the_text_it_learned_from(tmp_path, cornucopia):
+def test_evaluate_on_another_alphabet_and_on_the_text_it_learned_from(tmp_path, forked):
     (tmp_path / "lines.txt").write_text(LINES * 20)
     (tmp_path / "other.txt").write_text("Größe: to be 🙂\n" * 20)
-    cornucopia("train", "generative.write", "--data=lines.txt", "--epochs=1", "--batch=8", "--context=16", "--layers=1",
+    forked("train", "generative.write", "--data=lines.txt", "--epochs=1", "--batch=8", "--context=16", "--layers=1",
                "--heads=2", "--width=16", "--no-xla")  # fmt: skip
-    done = cornucopia("evaluate", "generative.write", "--data=other.txt")
+    done = forked("evaluate", "generative.write", "--data=other.txt")
     told = "on other.txt: all of it, 300 characters in windows of 16 tokens; 180 bytes that no token of the model fits"
     assert told in done.stdout
-    done = cornucopia("evaluate", "generative.write", "--data=lines.txt")
+    done = forked("evaluate", "generative.write", "--data=lines.txt")
     assert "on lines.txt: the last tenth, 176 characters in windows of 16 tokens\n" in done.stdout
 
 

@@ -1,0 +1,44 @@
+"""Processes that begin with TensorFlow imported, which takes 5 s.
+
+Each is forked from one that has imported it and done nothing else, by the standard library's fork server.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tensorflow", "keras", "shared.command"])
+
+
+def start(function, *words, folder: Path, out: Path, err: Path | None = None, env: dict[str, str] | None = None):
+    """Begin a process that calls a function in a folder and prints to files; its `multiprocessing.Process`."""
+    process = CONTEXT.Process(target=_within, args=(function, words, folder, out, err or out, env or {}))
+    process.start()
+    return process
+
+
+def ended(process, *, seconds: float = 300.0) -> int:
+    """The exit code of a process, at the end of its time that of a kill."""
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def cornucopia(*words: str) -> None:
+    """The command, as in a process of its own."""
+    from shared import command
+
+    sys.argv = ["cornucopia", *words]
+    command.main()
+
+
+def _within(function, words, folder, out, err, env):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(folder)
+    os.environ.update(env)
+    function(*words)
