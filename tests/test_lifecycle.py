@@ -217,6 +217,29 @@ def test_long_runs_answer_alike_serial_or_shared_out(versions, monkeypatch, larg
     version.detach()()
 
 
+def test_the_faster_way_is_taken_and_the_other_tried_again():
+    ways, now = servable._Ways(), 0.0
+
+    def turns(count, *, shared, serial):
+        """How many of so many turns are serial, where two runs overlap that together take twice what one takes."""
+        nonlocal now
+        taken = 0
+        for _ in range(count * servable.TURN // 2):
+            one, way = serial if ways.serial else shared, ways.serial
+            taken += 2 * way
+            ways.took(now, now, serial=not way)  # what began in another turn does not count
+            ways.took(now, now + one / 2, serial=way)
+            ways.took(now, now + 2 * one, serial=way)
+            now += 2 * one
+        return taken / servable.TURN
+
+    assert turns(2, shared=9.0, serial=5.0) == 1  # each in turn; of the first times nothing is kept
+    assert turns(2, shared=0.2, serial=0.3) == 1
+    assert ways.seconds == pytest.approx([0.2, 0.3])
+    assert turns(2 * servable.OTHER, shared=0.2, serial=0.3) == 2  # the slower way, one turn in so many
+    assert turns(2 * servable.OTHER, shared=0.4, serial=0.3) > 1.8 * servable.OTHER
+
+
 def test_memory_comes_back(tmp_path):
     """Seven swaps of a version with 40 MB of weights leave, after the second, less than two versions behind."""
     import tensorflow as tf

@@ -36,8 +36,8 @@ STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
 LONG = 0.0005  # seconds from which a run is worth a change of threads
 LARGEST = 16 << 20  # bytes of a graph whose constants may be held twice
-TRIES = 16  # runs that take either way in turn, to see which is faster
-OTHER = 256  # after them, one run in so many goes the way that was slower, to see whether it still is
+TURN = 32  # runs that go one way before it is compared with the other
+OTHER = 32  # one turn in so many goes the way that was slower, to see whether it still is
 _importing = threading.Lock()
 
 
@@ -60,14 +60,45 @@ class _Running:
 _running = _Running()
 
 
-class _Pace:
-    """Seconds of the fastest run of late, shared out and serial, 0 before the first; and how many runs there were."""
+class _Ways:
+    """Which of two ways to run, shared out and serial, takes less time; they are tried in turns."""
 
-    __slots__ = ("runs", "serial", "shared")
+    __slots__ = ("last", "runs", "seconds", "serial", "spent", "turns")
 
     def __init__(self):
-        self.shared = self.serial = 0.0
-        self.runs = 0
+        self.serial = False  # the way of this turn
+        self.seconds = [0.0, 0.0]  # that a run takes of late, shared out and serial; 0: not known
+        self.runs, self.spent, self.turns, self.last = 0, 0.0, 0, 0.0
+
+    def took(self, begun: float, ended: float, *, serial: bool) -> None:
+        """Note a run, and after the last of a turn choose the next one's way.
+
+        What several runs take that overlap is shared out among them: each takes the time since the one before ended.
+        """
+        seconds, self.last = ended - max(begun, self.last), ended
+        if serial != self.serial:
+            return  # it began in the turn before, or cannot be serial yet
+        self.runs, self.spent = self.runs + 1, self.spent + seconds
+        if self.runs < TURN:
+            return
+        mean, before = self.spent / self.runs, self.seconds[serial]
+        self.runs, self.spent, self.turns = 0, 0.0, self.turns + 1
+        if self.turns > 2:  # the first runs of either way take far longer than those after them
+            self.seconds[serial] = (before + mean) / 2 if before else mean
+        if self.turns < 4:
+            self.serial = not serial
+        else:
+            self.serial = (self.seconds[True] < self.seconds[False]) != (self.turns % OTHER == 0)
+
+
+class _Pace:
+    """Seconds of the fastest run of late, 0 before the first; and the ways of long runs, among few and among many."""
+
+    __slots__ = ("fastest", "few", "many")
+
+    def __init__(self):
+        self.fastest = 0.0
+        self.few, self.many = _Ways(), _Ways()
 
 
 class Servable:
@@ -174,9 +205,9 @@ class Servable:
                ) -> list[np.ndarray]:  # fmt: skip
         """As `run`, in the way that suits the moment; a run that takes long is in a block of `waiting`.
 
-        TensorFlow shares an operation out over all processors. That pays for large ones, while there are idle
-        processors: a small network takes less time without, and less of the processors in any case. So where as many
-        run as there are processors, or where that was faster of late, a run is serial.
+        TensorFlow shares an operation out over all processors. That pays for large ones while there are idle
+        processors, and not for small ones; where as many run as there are processors, it depends on the processor. So a
+        run goes the way that was faster of late, among few and among many.
         """
         if self._limited:
             with waiting():
@@ -186,27 +217,21 @@ class Servable:
         pace = self._paces.get(key)
         if pace is None:
             pace = self._paces[key] = _Pace()
-        if pace.shared <= LONG:
-            begun = time.perf_counter()
+        begun = time.perf_counter()
+        if pace.fastest <= LONG:
             outputs = self.run(feeds, fetches, arrays)
-            pace.shared = _of_late(pace.shared, time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            pace.fastest = min(seconds, pace.fastest * 1.01 or seconds)  # it may not be as fast again
             return outputs
         with waiting(), _running as count:
-            pace.runs += 1
-            if pace.runs < TRIES:  # the first of either way takes far longer than those after it
-                better = pace.runs % 2 == 0
-            else:
-                better = (pace.serial < pace.shared) != (pace.runs % OTHER == 0)
-            serial = (better or count >= processors()) and self._can_be_serial(feeds, fetches)
+            ways = pace.many if count >= processors() else pace.few
+            serial = ways.serial and self._can_be_serial(feeds, fetches)
             begun = time.perf_counter()
             outputs = self.run(feeds, fetches, arrays, serial=serial)
-            seconds = time.perf_counter() - begun
-            if count >= processors():  # beside others each way takes longer, and is no measure for one alone
-                return outputs
-            if serial:
-                pace.serial = _of_late(pace.serial, seconds)
-            else:
-                pace.shared = _of_late(pace.shared, seconds)
+            ended = time.perf_counter()
+            ways.took(begun, ended, serial=serial)
+            if not serial:
+                pace.fastest = min(ended - begun, pace.fastest * 1.01)
         return outputs
 
     def _can_be_serial(self, feeds: tuple, fetches: tuple) -> bool:
@@ -275,11 +300,6 @@ class Servable:
         except (OSError, DecodeError) as error:
             raise LoadError(grpc.StatusCode.INVALID_ARGUMENT, f"{path} cannot be read: {error}") from error
         return logs
-
-
-def _of_late(fastest: float, seconds: float) -> float:
-    """The fastest of late, 0 before the first; it is forgotten by and by, for it may not be as fast again."""
-    return min(seconds, fastest * 1.01 or seconds)
 
 
 def _scalar(value) -> np.ndarray:
