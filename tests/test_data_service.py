@@ -70,7 +70,7 @@ def command_of(folder, *flags):
             yield process, re.search(r"--data-service=(grpc://\S+)$", line.strip())[1]
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) in (0, -signal.SIGKILL)
+            assert process.wait(60) in (0, -signal.SIGKILL)
 
 
 def reader(address, made=None):
@@ -231,7 +231,7 @@ def test_two_commands_train_and_serve(tmp_path, forked):
                           f"--data-service={address}").stdout  # fmt: skip
         assert "8 answers over gRPC equal the model in memory" in said
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_two_devices_and_two_processes_learn_as_one(tmp_path):

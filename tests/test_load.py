@@ -275,7 +275,7 @@ def test_exit_codes_and_an_early_end():
             said = process.communicate(timeout=60)
         assert process.returncode == 0, said
         assert "throughput" in said[0]
-        assert time.monotonic() - begun < 8
+        assert time.monotonic() - begun < 20
 
 
 def test_the_client_costs_little():
