@@ -63,9 +63,10 @@ _running = _Running()
 class _Ways:
     """Which of two ways to run, shared out and serial, takes less time; they are tried in turns."""
 
-    __slots__ = ("last", "runs", "seconds", "serial", "spent", "turns")
+    __slots__ = ("last", "lock", "runs", "seconds", "serial", "spent", "turns")
 
     def __init__(self):
+        self.lock = threading.Lock()
         self.serial = False  # the way of this turn
         self.seconds = [0.0, 0.0]  # that a run takes of late, shared out and serial; 0: not known
         self.runs, self.spent, self.turns, self.last = 0, 0.0, 0, 0.0
@@ -75,20 +76,21 @@ class _Ways:
 
         What several runs take that overlap is shared out among them: each takes the time since the one before ended.
         """
-        seconds, self.last = ended - max(begun, self.last), ended
-        if serial != self.serial:
-            return  # it began in the turn before, or cannot be serial yet
-        self.runs, self.spent = self.runs + 1, self.spent + seconds
-        if self.runs < TURN:
-            return
-        mean, before = self.spent / self.runs, self.seconds[serial]
-        self.runs, self.spent, self.turns = 0, 0.0, self.turns + 1
-        if self.turns > 2:  # the first runs of either way take far longer than those after them
-            self.seconds[serial] = (before + mean) / 2 if before else mean
-        if self.turns < 4:
-            self.serial = not serial
-        else:
-            self.serial = (self.seconds[True] < self.seconds[False]) != (self.turns % OTHER == 0)
+        with self.lock:
+            seconds, self.last = ended - max(begun, self.last), ended
+            if serial != self.serial:
+                return  # it began in the turn before, or cannot be serial yet
+            self.runs, self.spent = self.runs + 1, self.spent + seconds
+            if self.runs < TURN:
+                return
+            mean, before = self.spent / self.runs, self.seconds[serial]
+            self.runs, self.spent, self.turns = 0, 0.0, self.turns + 1
+            if self.turns > 2:  # the first runs of either way take far longer than those after them
+                self.seconds[serial] = (before + mean) / 2 if before else mean
+            if self.turns < 4:
+                self.serial = not serial
+            else:
+                self.serial = (self.seconds[True] < self.seconds[False]) != (self.turns % OTHER == 0)
 
 
 class _Pace:
