@@ -55,10 +55,10 @@ def _float32():
 def cornucopia(tmp_path):
     """Run the command as a user does, in its own process, in a folder of its own."""
 
-    def run(*words, expect=0, env=None, timeout=300):
+    def run(*words, expect=0, env=None):
         done = subprocess.run(
             [Path(sys.executable).with_name("cornucopia"), *words], cwd=tmp_path, capture_output=True, text=True,
-            timeout=timeout, env={**os.environ, **(env or {})},
+            timeout=300, env={**os.environ, **(env or {})},
         )  # fmt: skip
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

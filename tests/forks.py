@@ -14,14 +14,15 @@ CONTEXT.set_forkserver_preload(["tensorflow", "keras", "shared.command"])
 
 def start(function, *words, folder: Path, out: Path, err: Path | None = None, env: dict[str, str] | None = None):
     """Begin a process that calls a function in a folder and prints to files; its `multiprocessing.Process`."""
+    out.touch()  # for who looks into it before it is there
     process = CONTEXT.Process(target=_within, args=(function, words, folder, out, err or out, env or {}))
     process.start()
     return process
 
 
-def ended(process, *, seconds: float = 300.0) -> int:
-    """The exit code of a process, at the end of its time that of a kill."""
-    process.join(seconds)
+def ended(process) -> int:
+    """The exit code of a process, after five minutes that of a kill."""
+    process.join(300)
     process.kill()
     process.join()
     return process.exitcode

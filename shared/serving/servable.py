@@ -102,6 +102,9 @@ class _Pace:
         self.fastest = 0.0
         self.few, self.many = _Ways(), _Ways()
 
+    def took(self, seconds: float) -> None:
+        self.fastest = min(seconds, self.fastest * 1.01 or seconds)  # it may not be as fast again
+
 
 class Servable:
     """A version that answers. `batching` is what runs its requests together, where anything does."""
@@ -219,11 +222,10 @@ class Servable:
         pace = self._paces.get(key)
         if pace is None:
             pace = self._paces[key] = _Pace()
-        begun = time.perf_counter()
         if pace.fastest <= LONG:
+            begun = time.perf_counter()
             outputs = self.run(feeds, fetches, arrays)
-            seconds = time.perf_counter() - begun
-            pace.fastest = min(seconds, pace.fastest * 1.01 or seconds)  # it may not be as fast again
+            pace.took(time.perf_counter() - begun)
             return outputs
         with waiting(), _running as count:
             ways = pace.many if count >= processors() else pace.few
@@ -233,7 +235,7 @@ class Servable:
             ended = time.perf_counter()
             ways.took(begun, ended, serial=serial)
             if not serial:
-                pace.fastest = min(ended - begun, pace.fastest * 1.01)
+                pace.took(ended - begun)
         return outputs
 
     def _can_be_serial(self, feeds: tuple, fetches: tuple) -> bool:
