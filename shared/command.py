@@ -145,7 +145,7 @@ def head(task: str) -> type[run.Config]:
     path = APPS / task.replace(".", "/")
     tree = ast.parse(path.with_suffix(".py").read_text())
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    used = {node.id for node in ast.walk(config) if isinstance(node, ast.Name)}
+    used = {node.id for node in ast.walk(config) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     body = []
     for node in tree.body[: tree.body.index(config)]:
         if isinstance(node, ast.Import | ast.ImportFrom):

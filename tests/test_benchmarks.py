@@ -1,6 +1,7 @@
 """The programs that compare results with what is promised and with other libraries, and write the tables."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -81,6 +82,29 @@ def test_table_of_the_suite():
     assert rows[1] == ("a.task", "accuracy", "0.900 (0.900-0.900)", "0.800 (0.700-0.900)", "label cat", "1.2", "62")
     head, line = suite.aligned(rows).splitlines()
     assert head.index("a served answer") == line.index("label cat")
+
+
+def test_lines_of_two_tasks_do_not_mix():
+    out = io.StringIO()
+    first, second = suite.Named(out, "a.task"), suite.Named(out, "b.task")
+    print("one", file=first)
+    print("half of", end=" ", file=first)
+    print("two\nthree", file=second)
+    print("a line", file=first)
+    assert [line.split(maxsplit=1) for line in out.getvalue().splitlines()] == [
+        ["a.task", "one"], ["b.task", "two"], ["b.task", "three"], ["a.task", "half of a line"]]  # fmt: skip
+
+
+def test_the_suite_ends_where_a_task_fails(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.suite", "no.first", "no.second", "no.third"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "cornucopia: unknown task no.first" in done.stderr
+    assert sorted(done.stderr.splitlines()[-1].split(": ")[1].split(", ")) == ["no.first", "no.second"]
+    assert "no.third" not in done.stdout  # it was not begun
+    assert "$ cornucopia train no.second" in done.stdout
 
 
 def test_the_suite_is_every_domains_first_task():

@@ -44,6 +44,20 @@ def test_an_epoch_has_each_example_once_and_the_next_another_order():
     assert list(np.concatenate([x for x, _ in numbers(count=9, seed=2)(0).take(3)])) != list(first)
 
 
+def test_examples_of_like_length_come_together_in_any_order():
+    lengths = np.random.default_rng(1).integers(1, 100, 1003)
+    stream = data.stream(1003, batch=10, seed=1, read=lambda indices, step: (indices, step), lengths=lengths)
+    first = np.stack([x for x, _ in stream(0).take(100)])
+    assert len(np.unique(first)) == 1000  # three are left over
+    np.testing.assert_array_equal(np.stack([x for x, _ in stream(40).take(60)]), first[40:])
+    spread = np.ptp(lengths[first], axis=1)  # 500 that are sorted, of lengths to 99: a batch spans some 2
+    assert spread.mean() < 4
+    middles = np.median(lengths[first], axis=1)
+    assert abs(np.corrcoef(middles, np.arange(100))[0, 1]) < 0.3  # short ones do not come first
+    second = np.stack([x for x, _ in stream(100).take(100)])
+    assert sorted(map(tuple, first)) != sorted(map(tuple, second))  # other company in the next epoch
+
+
 def test_fewer_examples_than_a_batch():
     with pytest.raises(ValueError, match=r"20 training examples do not fill one batch of 128: use --batch=20"):
         data.stream(20, batch=128, seed=1, read=None)

@@ -91,10 +91,13 @@ def load(config: Config) -> data.Splits:
         batches = data.in_order(rows[split], batch=250)
         return batches.map(lambda at: (pick(at, tokens), tf.gather(targets, at)), num_parallel_calls=2).prefetch(2)
 
+    lengths = None  # a backbone computes what fills a batch up, too; a row of words for convolutions has no such
+    if config.backbone:
+        lengths = tokens["padding_mask"].numpy().sum(1)[rows["train"]]
     least = 40 if config.backbone else 80  # steps of an epoch: of a small set, it takes some passes
     passes = max(1, least * config.batch // len(rows["train"]))
     return data.Splits(
-        stream=data.stream(len(rows["train"]), batch=config.batch, seed=config.seed, read=read),
+        stream=data.stream(len(rows["train"]), batch=config.batch, seed=config.seed, read=read, lengths=lengths),
         steps=passes * (len(rows["train"]) // config.batch),
         train=in_order("train"),
         validation=in_order("validation"),

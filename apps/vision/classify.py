@@ -54,7 +54,7 @@ def load(config: Config) -> data.Splits:
     audit(parts, names, unreadable=pictures.unreadable)
     size, channels = pictures.pixels.shape[2:]
     changed = _augmentation(config)
-    passes = max(1, 40 * config.batch // len(rows["train"]))  # of a small set in an epoch, or that is over too soon
+    passes = max(1, 20 * config.batch // len(rows["train"]))  # of a small set in an epoch, or that is over too soon
     pixels = data.gather(parts["train"][0])
     targets = tf.one_hot(parts["train"][1], len(names))
 

@@ -1,11 +1,14 @@
 """From raw data to batches: splits, public data sets by name, readers by format, the audit before training."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+ALIKE = 50  # batches that are sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,12 @@ class Splits:
 
 
 def stream(
-    count: int, *, batch: int, seed: int, read: Callable[[tf.Tensor, tf.Tensor], tuple]
+    count: int,
+    *,
+    batch: int,
+    seed: int,
+    read: Callable[[tf.Tensor, tf.Tensor], tuple],
+    lengths: np.ndarray | None = None,
 ) -> Callable[[int], tf.data.Dataset]:
     """Endless batches of `count` examples, in a new order every epoch, that can start at any step.
 
@@ -45,6 +53,8 @@ def stream(
         batch: examples in a batch; what is left over at an epoch's end is dropped, another rest each time.
         seed: of the orders.
         read: indices [batch], step [] (both int64) -> (inputs, targets); randomness only from the step.
+        lengths: of the examples, [count], where a batch costs as much as its longest: examples of like length then come
+            together, out of `ALIKE` batches that the order of an epoch has in a row; the batches come in any order.
     """
     if count < batch:
         raise ValueError(f"{count} training examples do not fill one batch of {batch}: use --batch={max(count, 1)}")
@@ -52,15 +62,23 @@ def stream(
     far = np.iinfo(np.int64).max
 
     def shuffled(epoch: tf.Tensor) -> tf.Tensor:
-        return tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=[seed, epoch])
+        shuffle = functools.partial(tf.random.experimental.stateless_shuffle, seed=[seed, epoch])
+        order = shuffle(tf.range(count, dtype=tf.int64))[: steps * batch]
+        if lengths is None:
+            return order
+        group = tf.range(steps * batch, dtype=tf.int64) // (ALIKE * batch)
+        rank = group * (int(max(lengths)) + 1) + tf.gather(tf.constant(lengths, tf.int64), order)
+        order = tf.gather(order, tf.argsort(rank, stable=True))
+        return tf.reshape(shuffle(tf.reshape(order, [steps, batch])), [-1])
 
     def pick(kept: tuple[tf.Tensor, tf.Tensor], at: tf.Tensor) -> tuple:
         epoch, order = at // steps, kept[1]
         order = tf.cond(tf.equal(epoch, kept[0]), lambda: order, lambda: shuffled(epoch))
         return (epoch, order), (at, tf.slice(order, [at % steps * batch], [batch]))
 
+    @functools.lru_cache(1)  # making them traces `read`, and who wants to know their shapes asks again
     def batches(step: int = 0, *, numbered: bool = False) -> tf.data.Dataset:
-        nothing = (tf.constant(-1, tf.int64), tf.zeros([count], tf.int64))
+        nothing = (tf.constant(-1, tf.int64), tf.zeros([steps * batch], tf.int64))
         picked = tf.data.Dataset.range(step, far).scan(nothing, pick)
         examples = picked.map(
             lambda at, indices: (at, read(indices, at)) if numbered else read(indices, at),
