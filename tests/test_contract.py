@@ -11,7 +11,6 @@ import gymnasium
 import numpy as np
 import pytest
 import scipy.io.wavfile
-import tensorflow as tf
 from conftest import ROOT
 from PIL import Image
 
@@ -73,7 +72,7 @@ def trained(task, cornucopia, exports):
     return cornucopia("train", task.__name__.removeprefix("apps."), *flags).stdout
 
 
-def test_smoke(task, cornucopia, exports, python):
+def test_smoke(task, cornucopia, exports):
     name = task.__name__.removeprefix("apps.")
     assert "over gRPC equal the model in memory" in trained(task, cornucopia, exports)
     version = exports / name / "1"
@@ -87,33 +86,48 @@ def test_smoke(task, cornucopia, exports, python):
     config = json.loads((extra / "config.json").read_text())["config"]
     assert task.Config(**config)  # enough to repeat the run
     assert name in (extra / "card.md").read_text()
-
-    # The same answer from the bare SavedModel, in a process that has none of the suite.
-    records = list(tf.data.TFRecordDataset(str(extra / "tf_serving_warmup_requests")).as_numpy_iterator())
-    assert len(records) == 2
-    served = python(
-        "import sys, json, tensorflow as tf\n"
-        "from tensorflow_serving.apis import prediction_log_pb2\n"
-        "answer = tf.saved_model.load(sys.argv[1]).signatures['serving_default']\n"
-        "for record in tf.data.TFRecordDataset(sys.argv[2]).as_numpy_iterator():\n"
-        "    inputs = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request.inputs\n"
-        "    outputs = answer(**{k: tf.constant(tf.make_ndarray(v)) for k, v in inputs.items()})\n"
-        "print(json.dumps(sorted((k, list(v.shape)) for k, v in outputs.items())))\n"
-        "import keras\n"
-        "print(keras.saving.load_model(sys.argv[3]).count_params())",
-        str(version), str(extra / "tf_serving_warmup_requests"), str(extra / "model.keras"),
-    )  # fmt: skip
-    outputs, parameters = served.strip().splitlines()
-    assert all(shape[0] > 1 for _, shape in json.loads(outputs))
-    assert int(parameters) > 0
     assert np.isfinite(report["served"]["largest_difference"])
+
+
+def export_all(cornucopia, exports):
+    for name in TASKS:
+        if not (exports / name / "1").is_dir():  # this test alone was asked for
+            trained(importlib.import_module(f"apps.{name}"), cornucopia, exports)
+
+
+def test_exports_answer_without_the_suite(cornucopia, exports, python):
+    """The bare SavedModels answer their warm-up requests, and the networks open, in a process that has neither `apps`
+    nor `shared`.
+    """
+    export_all(cornucopia, exports)
+    told = python(
+        "import sys, json, pathlib, tensorflow as tf, keras\n"
+        "from tensorflow_serving.apis import prediction_log_pb2\n"
+        "for version in map(pathlib.Path, sys.argv[1:]):\n"
+        "    answer = tf.saved_model.load(str(version)).signatures['serving_default']\n"
+        "    extra = version / 'assets.extra'\n"
+        "    log = tf.data.TFRecordDataset(str(extra / 'tf_serving_warmup_requests'))\n"
+        "    shapes = []\n"
+        "    for record in log.as_numpy_iterator():\n"
+        "        inputs = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request.inputs\n"
+        "        outputs = answer(**{k: tf.constant(tf.make_ndarray(v)) for k, v in inputs.items()})\n"
+        "        shapes.append([list(value.shape) for value in outputs.values()])\n"
+        "    network = keras.saving.load_model(extra / 'model.keras')\n"
+        "    print(json.dumps([version.parent.name, network.count_params(), shapes]))",
+        *(str(exports / name / "1") for name in TASKS),
+    )  # fmt: skip
+    found = [json.loads(line) for line in told.splitlines() if line.startswith("[")]
+    assert [name for name, _, _ in found] == TASKS
+    for name, parameters, (one, many) in found:
+        assert parameters > 0, name
+        assert {shape[0] for shape in one} == {1}, name
+        (count,) = {shape[0] for shape in many}
+        assert count > 1, name
 
 
 def test_one_server_answers_for_every_task(cornucopia, exports, serving, tmp_path):
     """As a user asks it: a server in a process of its own, and files that other programs wrote."""
-    for name in TASKS:
-        if not (exports / name / "1").is_dir():  # this test alone was asked for
-            trained(importlib.import_module(f"apps.{name}"), cornucopia, exports)
+    export_all(cornucopia, exports)
     (tmp_path / "saved_models").symlink_to(exports)
     time = np.arange(8000) / 16_000
     scipy.io.wavfile.write(tmp_path / "hum.wav", 16_000, np.int16(9000 * np.sin(2 * np.pi * 440 * time)))
