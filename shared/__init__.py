@@ -4,5 +4,5 @@ import os
 import platform
 
 if platform.machine() in ("x86_64", "AMD64"):
-    # TensorFlow reads it when it is imported, and by itself has oneDNN only where the processor has AVX-512 VNNI or AMX.
+    # Before TensorFlow is imported: by itself it takes oneDNN only where the processor has AVX-512 VNNI or AMX.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
