@@ -1,7 +1,7 @@
 """Every domain's first task on embedded data, from raw data to a served answer, then one table: `make suite`.
 
-Two tasks at a time, for one alone leaves a quarter of two cores idle: tracing, compiling and many baselines take a single
-core. Each has a process of its own, forked from one that has imported TensorFlow, which takes a start some 5 s.
+Two tasks at a time, for one alone leaves a quarter of two cores idle: tracing, compiling and many baselines take a
+single core. Each has a process of its own, forked from one that has imported TensorFlow, which takes a start some 5 s.
 """
 
 import json
