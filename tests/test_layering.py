@@ -38,8 +38,10 @@ def test_command_answers_without_tensorflow(task):
         "from shared import command\n"
         "try: command.main()\n"
         "except SystemExit as end: assert not end.code\n"
+        "assert command.tasks()\n"
         "assert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "folder for exported versions" in done.stdout
+    assert ("side of the square that the network sees" in done.stdout) == (task == "vision.classify")

@@ -407,7 +407,7 @@ def test_environments_of_a_pool_are_learned_from_alike(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1"])
 def test_envpool_steps_as_gymnasium_does(name):
-    pytest.importorskip("envpool")
+    pytest.importorskip("envpool", reason="EnvPool is an extra that make leaves out: pip install '.[envpool]'")
     world = ppo.World.of(dataclasses.replace(SMALL, data=name))
     random = np.random.default_rng(1)
     choices = [world.random(random, 4) for _ in range(1200)]

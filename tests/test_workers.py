@@ -204,6 +204,7 @@ def test_launch_trains_exports_and_a_killed_worker_stops_all(tmp_path):
         said = resumed.communicate(timeout=200)[0]
     assert resumed.returncode == 0, said
     assert "of 3 epochs" in said
+    assert "over gRPC equal the model in memory" in said
     assert "runs/killed\n" in log.read_text()  # what was told before stays
     assert "runs/killed (going on)" in log.read_text()
 
