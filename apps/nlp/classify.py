@@ -453,9 +453,11 @@ def _convolutions(config: Config, splits: data.Splits) -> keras.Model:
         x = layers.Concatenate()([of_words, ops.take(ops.max(of_letters, axis=1), which, axis=0)])
         x = layers.Identity(name=f"seen_{number}")(x * ops.cast(words > 0, x.dtype)[..., None])
         x = ops.reshape(ops.pad(x, [[0, 0], [2, 2], [0, 0]]), [-1, x.shape[-1]])
-        x = layers.Dropout(config.forget)(ops.expand_dims(ops.take(x, places, axis=0), 0))
-        found = [layers.Conv1D(config.filters, length, padding="same", activation="relu")(x) for length in (2, 3, 4)]
-        x = ops.segment_max(ops.concatenate(found, axis=-1)[0], text, sorted=True)
+        x = layers.Dropout(config.forget)(ops.take(x, places, axis=0))
+        beside = {at: ops.roll(x, -at, axis=0) for at in (-1, 0, 1, 2)}  # round the ends there are zeros
+        found = [layers.Dense(config.filters, "relu")(ops.concatenate([beside[at] for at in window], axis=-1))
+                 for window in ((0, 1), (-1, 0, 1), (-1, 0, 1, 2))]  # fmt: skip
+        x = ops.segment_max(ops.concatenate(found, axis=-1), text, sorted=True)
         x = layers.Dropout(config.dropout)(x)
         return ops.log_softmax(layers.Dense(len(splits.names), dtype="float32")(x))
 
