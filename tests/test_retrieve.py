@@ -231,6 +231,24 @@ def test_loss_leaves_out_what_the_user_had(config):
     assert float(found) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def test_a_compiled_step_is_the_same_step(config, monkeypatch):
+    config = dataclasses.replace(written(config, rows({1: 9, 2: 9})), dropout=0.0)
+    splits = retrieve.load(config)
+
+    def learned():
+        keras.utils.set_random_seed(1)
+        model = retrieve.build(config, splits)
+        model.fit(splits.stream(0), steps_per_epoch=3, shuffle=False, verbose=0)
+        return model.jit_compile, model.get_weights()
+
+    plain = learned()
+    monkeypatch.setattr(retrieve, "MANY", 1)
+    compiled = learned()
+    assert (plain[0], compiled[0]) == (False, True)
+    for one, other in zip(plain[1], compiled[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_sampled_loss_is_corrected_for_frequency_and_accidental_hits(config):
     config = dataclasses.replace(written(config, [*rows({1: 9}), *((2, 10 + at, at) for at in range(9))]),
                                  loss="sampled", ahead=1)  # fmt: skip
