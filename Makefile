@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
 DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
-SUITE := vision.classify generative.write nlp.classify speech.spot recommendation.retrieve rl.ppo  # long ones first
+SUITE := generative.write nlp.classify speech.spot vision.classify recommendation.retrieve rl.ppo  # long ones first
 
 .PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
 
