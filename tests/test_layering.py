@@ -1,6 +1,8 @@
 """`apps` imports `shared`, `shared` imports libraries; never sideways, never up."""
 
 import ast
+import os
+import platform
 import subprocess
 import sys
 
@@ -45,3 +47,13 @@ def test_command_answers_without_tensorflow(task):
     assert done.returncode == 0, done.stderr
     assert "folder for exported versions" in done.stdout
     assert ("side of the square that the network sees" in done.stdout) == (task == "vision.classify")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is set for x86 processors alone")
+@pytest.mark.parametrize("given", [None, "0"])
+def test_onednn_is_asked_for_before_tensorflow_is_imported_unless_the_user_says_otherwise(given):
+    code = "import os, sys, shared; print(os.environ['TF_ENABLE_ONEDNN_OPTS'], 'tensorflow' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    env |= {"TF_ENABLE_ONEDNN_OPTS": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    assert done.stdout.split() == [given or "1", "False"]
