@@ -61,6 +61,7 @@ def train(tasks: list[str]) -> dict[str, tuple[int, float]]:
     """Task -> exit code and seconds; after one that failed no other is begun."""
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # or the first takes all the memory of a GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as `cornucopia` does before TensorFlow is imported
+    command.onednn()
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tensorflow", "keras", "shared.command"])
     waiting, running, done = list(tasks), {}, {}

@@ -20,6 +20,7 @@ from shared import command
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("TF_SERVING_ADDRESS", "")  # of a server that takes the tests of the contract, see serving_models
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+command.onednn()  # for what is trained here or in a fork and what in a process of its own to be alike
 
 
 def until(condition, seconds=20.0):

@@ -52,7 +52,10 @@ def test_command_answers_without_tensorflow(task):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is set for x86 processors alone")
 @pytest.mark.parametrize("given", [None, "0"])
 def test_onednn_is_asked_for_before_tensorflow_is_imported_unless_the_user_says_otherwise(given):
-    code = "import os, sys, shared; print(os.environ['TF_ENABLE_ONEDNN_OPTS'], 'tensorflow' in sys.modules)"
+    code = (
+        "import os, sys; from shared import command; command.onednn()\n"
+        "print(os.environ['TF_ENABLE_ONEDNN_OPTS'], 'tensorflow' in sys.modules)"
+    )
     env = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     env |= {"TF_ENABLE_ONEDNN_OPTS": given} if given else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
