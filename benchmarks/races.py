@@ -30,6 +30,7 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks.peers import clock
+from shared import command
 
 RESULTS = Path(__file__).with_suffix(".json")
 PEERS = Path(".venv-peers")
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", help="seeds, of speech.spot speakers; else all")
     parser.add_argument("--sides", nargs="+", help="as the table names them; else all")
     flags = parser.parse_args()
+    command.onednn()  # as `cornucopia train` does
     if unknown := set(flags.tasks) - set(tasks):
         parser.error(f"no race of {', '.join(sorted(unknown))}; there are {', '.join(tasks)}")
     for race in RACES:

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from shared import command
+
 RESULTS = Path(__file__).parent / "training.json"
 EPOCHS, STEPS, BATCH, WIDTH = 3, 200, 64, 16
 
@@ -157,6 +159,7 @@ def scaling(rounds: int = 3) -> dict:
 
 
 def main() -> None:
+    command.onednn()  # as `cornucopia train` does
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
         return

@@ -12,11 +12,9 @@ import statistics
 import time
 from types import SimpleNamespace
 
-import keras
 import numpy as np
-import tensorflow as tf
 
-from apps.vision import classify
+from shared import command
 
 ROWS = [
     ("float32", {"precision": "float32"}, False),
@@ -30,8 +28,14 @@ ROWS = [
 ]
 
 
-def trainer(config: classify.Config, *, xla: bool):
+def trainer(changes: dict, *, xla: bool):
     """A function that trains some steps and returns examples per second."""
+    import keras
+    import tensorflow as tf
+
+    from apps.vision import classify
+
+    config = dataclasses.replace(classify.Config(data="fashion-mnist"), **changes)
     keras.mixed_precision.set_global_policy(config.precision)
     random = np.random.default_rng(1)
     pictures = random.integers(0, 255, (config.batch, 28, 28, 1)).astype(np.float32)
@@ -56,9 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
+    command.onednn()  # as `cornucopia train` does
     trainers = {}
     for name, changes, xla in ROWS:
-        trainers[name] = trainer(dataclasses.replace(classify.Config(data="fashion-mnist"), **changes), xla=xla)
+        trainers[name] = trainer(changes, xla=xla)
     speeds = {name: [] for name in trainers}
     for _ in range(repeats):
         for name, (_, run) in trainers.items():

@@ -206,15 +206,15 @@ def test_a_text_in_a_row_with_others_is_as_alone_between_zeros(table):
     tokens = {name: tokens[name] for name in network.input}
     *products, dense = (one for one in network.layers if isinstance(one, keras.layers.Dense))
 
-    def convolved(one, length, x):
+    def convolved(one, wide, x):
         """What a convolution with the product's weights and offsets finds [batch, place, filter]."""
-        kernel = ops.reshape(one.kernel, [length, x.shape[-1], -1])
+        kernel = ops.reshape(one.kernel, [wide, x.shape[-1], -1])
         return ops.relu(ops.conv(x, kernel, padding="valid") + one.bias)
 
     seen, found = keras.Model(network.input, [network.get_layer("seen_0").output, dense.output])(tokens)
     for row, length in enumerate(np.sum(tokens["words"] > 0, 1)):
         x = np.pad(seen.numpy()[row, :length], [[9, 9], [0, 0]])[None]
-        most = [ops.max(convolved(one, length, x), 1) for one, length in zip(products, (2, 3, 4), strict=True)]
+        most = [ops.max(convolved(one, wide, x), 1) for one, wide in zip(products, (2, 3, 4), strict=True)]
         np.testing.assert_allclose(found[row], dense(ops.concatenate(most, -1))[0], rtol=1e-4, atol=0.01)
 
 

@@ -273,8 +273,8 @@ def build(config: Config, splits: data.Splits) -> keras.Model:
     model = keras.Model({"history": history, "before": before}, outputs, name="towers")
     model.compile(
         keras.optimizers.Adam(training.cosine(config, splits, rate=config.rate), beta_2=0.98),
-        # Among many items it takes a third or half off a step on a CPU, among few only the time to compile. TensorFlow
-        # Recommenders' loss does not compile.
+        # Among many items it takes a quarter or more off a step on a CPU, among few nothing, and takes time to compile.
+        # TensorFlow Recommenders' loss does not compile.
         jit_compile=config.loss == "full"
         and len(splits.names) >= MANY
         and tf.distribute.get_strategy().num_replicas_in_sync == 1,
