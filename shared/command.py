@@ -7,6 +7,7 @@ flag are answered without importing TensorFlow.
 import ast
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import platform
@@ -229,10 +230,21 @@ def onednn() -> None:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Leave what is imported here out of every collection of garbage: a million objects that stay to the end."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _load_tensorflow() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    with _hushed():
+    with _hushed(), _lasting():
         import tensorflow as tf
 
         tf.config.list_physical_devices()  # looks for GPUs, and notes at length where there are none
@@ -242,7 +254,8 @@ def _import(task: str) -> types.ModuleType:
     onednn()
     try:
         _load_tensorflow()
-        return importlib.import_module(f"apps.{task}")
+        with _lasting():
+            return importlib.import_module(f"apps.{task}")
     except ImportError as error:
         domain = task.partition(".")[0]
         raise ImportError(f"{task} needs {error.name}: pip install 'cornucopia-suite[{domain}]'") from error

@@ -1,6 +1,7 @@
 """Every test runs on a machine without GPUs, without the network, and writes only below its own folder."""
 
 import contextlib
+import gc
 import http.client
 import json
 import os
@@ -39,6 +40,7 @@ def pytest_configure(config):
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     tf.config.list_logical_devices()  # now TensorFlow is at work, and no test's --threads counts for those after it
+    gc.freeze()  # as the command does what it imports
     # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

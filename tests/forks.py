@@ -3,6 +3,7 @@
 Each is forked from one that has imported it and done nothing else, by the standard library's fork server.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -42,4 +43,5 @@ def _within(function, words, folder, out, err, env):
     sys.stdout.reconfigure(line_buffering=True)
     os.chdir(folder)
     os.environ.update(env)
+    gc.freeze()  # as the command does what it imports
     function(*words)

@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import importlib.util
 import json
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -166,12 +168,21 @@ def _docstrings() -> list[tuple[str, str, str]]:
         for path in sorted((root / part).rglob("*.py")):
             if "tests" in path.relative_to(root).parts:
                 continue
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            for node in _statements(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and (told := ast.get_docstring(node)):
                     text = " ".join(told.split("\n\n")[0].split())
                     if len(text.split()) > 2:
                         rows.setdefault(text, (text, part, ""))  # what several functions say counts once
     return list(rows.values())
+
+
+def _statements(module: ast.Module) -> Iterator[ast.AST]:
+    """What `ast.walk` gives but for expressions, which hold no definition and are most of a file."""
+    todo = deque([module])
+    while todo:
+        yield (node := todo.popleft())
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            todo.extend(getattr(node, part, ()))
 
 
 def _rows(config: Config) -> dict[str, np.ndarray]:
