@@ -38,7 +38,7 @@ suite: $(READY)
 	@$(BIN)/python -m benchmarks.suite $(SUITE)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(options)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(options)
 
 list: $(READY)
 	@$(BIN)/cornucopia list

@@ -33,6 +33,16 @@ def until(condition, seconds=20.0):
     return found
 
 
+# Files by how long they take, for none of the long ones to be begun when all others are done.
+LONG = ("write", "workers", "contract", "ppo", "faults", "nlp_classify", "retrieve", "tuning", "spot", "classify",
+        "training", "data_service", "lifecycle", "install")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 def pytest_configure(config):
     import tensorflow as tf
 
@@ -99,23 +109,24 @@ def mistaken(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def serving(tmp_path):
+def serving(tmp_path, tmp_path_factory):
     """`cornucopia serve` on a free port in the test's folder, for as long as the block lasts; gives its address."""
 
     @contextlib.contextmanager
     def serve():
-        command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=-1"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
-            try:
-                seen = ""
-                while "gRPC on" not in seen:
-                    assert process.poll() is None, seen
-                    seen += process.stdout.readline()
-                yield re.search(r"gRPC on (\S+);", seen)[1]
-            finally:
-                process.send_signal(signal.SIGTERM)
-        assert process.returncode == 0
+        out = tmp_path_factory.mktemp("said") / "out"
+        process = forks.start(forks.cornucopia, "serve", "--port=-1", folder=tmp_path, out=out)
+
+        def address():
+            assert process.is_alive(), out.read_text()
+            return re.search(r"gRPC on (\S+);", out.read_text())
+
+        try:
+            yield until(address, 60)[1]
+        finally:
+            process.terminate()
+            code = forks.ended(process)
+        assert code == 0, out.read_text()
 
     return serve
 

@@ -7,6 +7,7 @@ import shutil
 import types
 from pathlib import Path
 
+import forks
 import keras
 import numpy as np
 import pytest
@@ -22,23 +23,38 @@ SMALL = ("--networks=1", "--width=8", "--filters=8", "--batch=16", "--epochs=2",
 WORDS = {"money": ["card", "bank", "payment", "transfer"], "food": ["soup", "bread", "apple", "dinner"]}
 
 
-@pytest.fixture
-def table(tmp_path):
+def tabled(folder):
     """Write a table of sentences about money and food; return its path."""
     random = np.random.default_rng(1)
     lines = ["text,label"]
     for number in range(60):
         label = ("money", "food")[number % 2]
         lines.append(f"the {random.choice(WORDS[label])} and my {random.choice(WORDS[label])} number {number},{label}")
-    path = tmp_path / "table.csv"
+    path = folder / "table.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def test_table_to_served_answer(table, cornucopia, forked, python, serving, tmp_path):
-    done = forked("train", "nlp.classify", f"--data={table}", *SMALL)
-    assert "audit      train 51  validation 3  test 6  in 2 classes" in done.stdout
-    assert re.search(r"accuracy +1\.0000", done.stdout)  # money and food are easy to tell apart
+@pytest.fixture
+def table(tmp_path):
+    return tabled(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """A folder with what a training on the table exported and, in `said`, printed."""
+    folder = tmp_path_factory.mktemp("learnt")
+    words = ("train", "nlp.classify", f"--data={tabled(folder)}", *SMALL)
+    said = folder / "said"
+    assert forks.ended(forks.start(forks.cornucopia, *words, folder=folder, out=said)) == 0, said.read_text()
+    return folder
+
+
+def test_table_to_served_answer(learnt, table, cornucopia, forked, python, serving, tmp_path):
+    shutil.copytree(learnt / "saved_models", tmp_path / "saved_models")
+    said = (learnt / "said").read_text()
+    assert "audit      train 51  validation 3  test 6  in 2 classes" in said
+    assert re.search(r"accuracy +1\.0000", said)  # money and food are easy to tell apart
 
     with serving() as address:
 
@@ -218,8 +234,8 @@ def test_a_text_in_a_row_with_others_is_as_alone_between_zeros(table):
         np.testing.assert_allclose(found[row], dense(ops.concatenate(most, -1))[0], rtol=1e-4, atol=0.01)
 
 
-def test_parts_of_an_explanation_sum_to_what_the_score_gained(table, forked, tmp_path):
-    forked("train", "nlp.classify", f"--data={table}", *SMALL)
+def test_parts_of_an_explanation_sum_to_what_the_score_gained(learnt, forked, tmp_path):
+    shutil.copytree(learnt / "saved_models", tmp_path / "saved_models")
     model = keras.saving.load_model(tmp_path / "saved_models/nlp.classify/1/assets.extra/model.keras")
     for text in ("the bank and my Card, dinner", "soup", "soup soup bank 🙂", "nothing known here"):
         label, gain, parts = classify.explain(model, text)
@@ -352,11 +368,11 @@ def test_a_hugging_face_checkpoint_is_read_as_it_is(tmp_path, prefix):
         np.testing.assert_allclose(vectors[row, :count], expected, atol=1e-4)
 
 
-def test_a_hugging_face_checkpoint_learns_on_and_is_served(cornucopia, forked, serving, tmp_path):
+def test_a_hugging_face_checkpoint_learns_on_and_is_served(table, cornucopia, forked, serving, tmp_path):
     hugging_face(tmp_path / "checkpoint")
-    flags = ("--backbone=checkpoint", "--length=16", "--epochs=1")
+    flags = (f"--data={table}", "--backbone=checkpoint", "--length=16", "--batch=16", "--epochs=1")
     done = forked("train", "nlp.classify", *flags)
-    assert "8 answers over gRPC equal the model in memory" in done.stdout
+    assert "6 answers over gRPC equal the model in memory" in done.stdout
     assert "Warning" not in done.stderr
     with serving() as address:
         answer = cornucopia("ask", "nlp.classify", "--text=Solve linear equations", f"--address={address}").stdout

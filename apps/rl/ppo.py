@@ -42,10 +42,11 @@ class Config(run.Config):
     # Processors that one operation may take; 1: also one operation at a time, on the one CPU, for handing such small
     # ones over takes longer than they do; 0: all.
     threads: int = 1
+    xla: bool = True  # compile the update: it takes some seconds, and then half the time
     seeds: int = 1  # how many trainings, each by its own seed; their interquartile mean is the result
 
 
-SMOKE = Config(steps=2_048, epochs=2, width=8, batch=256, environments=4)
+SMOKE = Config(steps=2_048, epochs=2, width=8, batch=256, environments=4, xla=False)
 EXPECT = {"": {"return": 475.0}, "Acrobot-v1": {"return": -85.0}, "LunarLander-v3": {"return": 240.0}}
 
 # Environment -> steps to learn from, and what PPO is published to reach, by RL Baselines3 Zoo (benchmark.md).
@@ -321,6 +322,8 @@ class Learner(keras.Model):
         self.returned = self.add_weight([config.environments], name="returned", initializer="zeros", trainable=False)
         self.returns = self.add_weight([3], name="returns", initializer="zeros", trainable=False)  # count, mean, var
         self.followed = {name: keras.metrics.Mean(name) for name in ("loss", "return", "entropy", "divergence")}
+        # Autograph would take as long as all the rest of the tracing.
+        self._learn = tf.function(self._update, jit_compile=config.xla, autograph=False)
         self.built = True
 
     def anew(self) -> keras.callbacks.Callback:
@@ -352,7 +355,7 @@ class Learner(keras.Model):
         if strategy.num_replicas_in_sync == 1 or (self.train_function and not force):
             super().make_train_function(force)
             return
-        gradients = tf.function(self._gradients, jit_compile=True, autograph=False)
+        gradients = tf.function(self._gradients, jit_compile=self.config.xla, autograph=False)
 
         def play(steps):  # truth values as 0 and 1, for collectives carry no others
             return {name: tf.cast(value, tf.int32) if value.dtype == tf.bool else value
@@ -407,11 +410,10 @@ class Learner(keras.Model):
         none = tf.equal(self.followed["return"].count, 0.0)  # no episode has ended yet
         return logs | {"return": tf.where(none, np.nan, logs["return"])}
 
-    @tf.function(jit_compile=True, autograph=False)  # which would take as long as all the rest of the tracing
-    def _learn(self, rows):
+    def _update(self, rows):
         """Learn minibatch after minibatch; return means of loss, entropy, divergence.
 
-        This alone is compiled: here a round spends its time, and XLA takes 50 ms for each operation more.
+        With `xla` this alone is compiled: here a round spends its time, and XLA takes 50 ms for each operation more.
         """
         count = rows["share"].shape[0]
 
