@@ -397,7 +397,7 @@ def test_defaults_that_fit_no_inputs(tmp_path, monkeypatch):
 # Backbones.
 
 
-def preset(folder, kind="GPT2", extra=3):
+def preset(folder, kind="GPT2", extra=3, layers=2):
     """Write a KerasHub preset of a tiny network with all bytes for tokens, some pairs and marks, and random weights;
     it has some outputs more than there are tokens.
     """
@@ -411,7 +411,7 @@ def preset(folder, kind="GPT2", extra=3):
     vocabulary = {token: at for at, token in enumerate([*letters, *marks, *(pair.replace(" ", "") for pair in merges)])}
     names = {part: getattr(keras_hub.models, kind + part)
              for part in ("Backbone", "CausalLM", "Tokenizer", "CausalLMPreprocessor")}  # fmt: skip
-    sizes = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32, "vocabulary_size": len(vocabulary) + extra}
+    sizes = {"num_layers": layers, "hidden_dim": 16, "intermediate_dim": 32, "vocabulary_size": len(vocabulary) + extra}
     sizes |= {"num_query_heads": 4, "num_key_value_heads": 2} if kind == "Llama3" else {"num_heads": 2}
     sizes |= {} if kind == "Llama3" else {"max_sequence_length": 64}
     backbone = names["Backbone"](**sizes)
@@ -499,7 +499,7 @@ def test_lora_changes_its_own_weights_alone_and_is_served(tmp_path):
 
 
 def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, cornucopia, forked, serving):
-    preset(tmp_path / "preset")
+    preset(tmp_path / "preset", layers=1)
     (tmp_path / "lines.txt").write_text(LINES * 20)
     flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1", "--no-xla")
     done = forked("train", "generative.write", *flags)
