@@ -1,6 +1,7 @@
 """`apps` imports `shared`, `shared` imports libraries; never sideways, never up."""
 
 import ast
+import gc
 import os
 import platform
 import subprocess
@@ -60,3 +61,12 @@ def test_onednn_is_asked_for_before_tensorflow_is_imported_unless_the_user_says_
     env |= {"TF_ENABLE_ONEDNN_OPTS": given} if given else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     assert done.stdout.split() == [given or "1", "False"]
+
+
+def test_what_is_imported_is_left_out_of_every_collection():
+    before = gc.get_freeze_count()
+    with command._lasting():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(1_000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(kept)
