@@ -354,7 +354,7 @@ def serve(words: list[str]) -> int:
     with Server(flags) as server:
         ready = True
         gc.collect()
-        gc.freeze()  # TensorFlow's million objects stay: to look them through stops every thread for a quarter second
+        gc.freeze()  # the models stay, as what is imported does: to look it through stops every thread
         told = [f"gRPC on {server.address}"] if flags.port else []
         told += [f"gRPC on unix:{flags.grpc_socket_path}"] if flags.grpc_socket_path else []
         scheme = "https" if flags.rest_ssl_config_file else "http"
