@@ -57,7 +57,6 @@ MORE = (
             "--width=160",
             "--context=256",
             "--dropout=0.1",
-            "--no-xla",
             "--epochs=9",
         ),
         "20-minutes",

@@ -166,7 +166,7 @@ def _nothing(module, config, splits) -> dict:
 SEEDS = {str(seed): {"seed": seed} for seed in (1, 2, 3)}
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 NANOGPT = {"layers": 4, "heads": 4, "width": 128, "context": 64, "batch": 12, "history": 1, "epochs": 1,
-           "optimizer": "adamw", "rate": 0.003, "xla": False}  # fmt: skip
+           "optimizer": "adamw", "rate": 0.003}  # fmt: skip
 RACES = (
     Race(
         "nlp.classify", "trec", "accuracy",

@@ -241,6 +241,21 @@ def _lasting() -> Iterator[None]:
         gc.enable()
 
 
+@contextlib.contextmanager
+def _without_keras() -> Iterator[None]:
+    """Have TensorFlow, when it is imported, pass over Keras, for what runs none.
+
+    It tries to import Keras and does as well without; with what Keras tries to import, scikit-learn and Matplotlib,
+    that is a third of the time.
+    """
+    sys.modules.setdefault("keras", None)  # an import of it fails as if it were not installed
+    try:
+        yield
+    finally:
+        if sys.modules["keras"] is None:
+            del sys.modules["keras"]
+
+
 def _load_tensorflow() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -325,7 +340,8 @@ def _serve(words: list[str]) -> None:
 
     flags.parse(words)  # a wrong flag is answered before TensorFlow is loaded
     try:
-        _load_tensorflow()
+        with _without_keras():
+            _load_tensorflow()
         from shared.serving import server
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'cornucopia-suite[serve]'") from error
@@ -342,7 +358,8 @@ def _data_service(words: list[str]) -> None:
         _refuse(f"--workers={flags.workers} makes nothing; give 1 or more")
     onednn()  # batches are to be those that the training itself would make
     try:
-        _load_tensorflow()
+        with _without_keras():
+            _load_tensorflow()
     except ImportError as error:
         raise ImportError(f"data-service needs {error.name}: pip install 'cornucopia-suite[serve]'") from error
     from shared import data_service

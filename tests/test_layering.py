@@ -63,6 +63,19 @@ def test_onednn_is_asked_for_before_tensorflow_is_imported_unless_the_user_says_
     assert done.stdout.split() == [given or "1", "False"]
 
 
+def test_a_server_does_not_wait_for_keras_and_can_import_it_later():
+    code = (
+        "import sys; from shared import command\n"
+        "with command._without_keras(): command._load_tensorflow()\n"
+        "from shared import data_service\n"
+        "from shared.serving import server\n"
+        "print(sorted({'keras', 'matplotlib', 'sklearn', 'tensorflow'} & set(sys.modules)))\n"
+        "import keras; print(int(keras.ops.sum(keras.ops.ones(3))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines() == ["['tensorflow']", "3"]
+
+
 def test_what_is_imported_is_left_out_of_every_collection():
     before = gc.get_freeze_count()
     with command._lasting():

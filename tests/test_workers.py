@@ -232,7 +232,7 @@ SMALLEST = {  # vision.classify stands above
     "nlp.classify": ("--networks=1", "--width=8", "--filters=8"),
     "recommendation.retrieve": ("--batch=64", "--length=20", "--width=16", "--layers=1"),
     "rl.ppo": ("--steps=512", "--width=8", "--batch=256", "--environments=4", "--passes=2", "--no-xla"),
-    "generative.write": ("--batch=64", "--context=32", "--layers=1", "--heads=2", "--width=16", "--no-xla"),
+    "generative.write": ("--batch=64", "--context=32", "--layers=1", "--heads=2", "--width=16"),
 }
 
 

@@ -453,7 +453,7 @@ def test_a_backbones_tokens_are_those_of_its_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("kind", ["GPT2", "OPT", "Llama3"])
 def test_a_backbone_writes_with_its_cache_as_without_token_by_token(tmp_path, kind):
-    config, splits, model = from_backbone(tmp_path, kind, xla=False)
+    config, splits, model = from_backbone(tmp_path, kind)
     endpoint = write.Endpoint(config, model, splits)
     asked = {"max_tokens": [20, 9, 0, 13], "temperature": [0, 0.9, 1, 1.2], "top_k": [0, 12, 0, 0],
              "top_p": [1, 0.95, 1, 0.8], "seed": [1, 2, 3, 4]}  # fmt: skip
@@ -481,7 +481,7 @@ def test_a_backbone_writes_with_its_cache_as_without_token_by_token(tmp_path, ki
 
 
 def test_lora_changes_its_own_weights_alone_and_is_served(tmp_path):
-    config, splits, model = from_backbone(tmp_path, lora=2, xla=False)
+    config, splits, model = from_backbone(tmp_path, lora=2)
     before = {weight.path: weight.numpy() for weight in model.weights}
     model.fit(splits.stream(0), steps_per_epoch=3, shuffle=False, verbose=0)
     changed = {weight.path for weight in model.weights if not np.array_equal(before[weight.path], weight.numpy())}
@@ -501,7 +501,7 @@ def test_lora_changes_its_own_weights_alone_and_is_served(tmp_path):
 def test_a_backbone_from_a_preset_to_a_served_answer_and_another_text(tmp_path, cornucopia, forked, serving):
     preset(tmp_path / "preset", layers=1)
     (tmp_path / "lines.txt").write_text(LINES * 20)
-    flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1", "--no-xla")
+    flags = ("--backbone=preset", "--data=lines.txt", "--lora=2", "--context=16", "--batch=4", "--epochs=1")
     done = forked("train", "generative.write", *flags)
     assert "8 answers over gRPC equal the model in memory" in done.stdout
     graph = (tmp_path / "saved_models" / "generative.write" / "1" / "saved_model.pb").read_bytes()
@@ -564,7 +564,7 @@ def test_evaluate_on_another_alphabet_and_on_the_text_it_learned_from(tmp_path, 
     (tmp_path / "lines.txt").write_text(LINES * 20)
     (tmp_path / "other.txt").write_text("Größe: to be 🙂\n" * 20)
     forked("train", "generative.write", "--data=lines.txt", "--epochs=1", "--batch=8", "--context=16", "--layers=1",
-               "--heads=2", "--width=16", "--no-xla")  # fmt: skip
+               "--heads=2", "--width=16")  # fmt: skip
     done = forked("evaluate", "generative.write", "--data=other.txt")
     told = "on other.txt: all of it, 300 characters in windows of 16 tokens; 180 bytes that no token of the model fits"
     assert told in done.stdout

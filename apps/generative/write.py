@@ -51,8 +51,8 @@ class Config(run.Config):
     # Processors that one operation may take; each step's batch is cut up for them; 0: all, uncut, as backbones and many
     # devices learn.
     threads: int = 1
-    # Compile the step, or where parts of a batch learn side by side its update alone; on CPU, wide networks are slower.
-    xla: bool = True
+    # Compile the step, or where parts of a batch learn side by side its update alone: for GPUs; see CONTRIBUTING.md.
+    xla: bool = False
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
     def __post_init__(self):
@@ -60,7 +60,7 @@ class Config(run.Config):
             object.__setattr__(self, "threads", 0)  # batches are not cut up there, so each operation needs all
 
 
-SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16, xla=False)
+SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16)
 EXPECT = {"": {"loss": 1.13}, "tinyshakespeare": {"loss": 1.555}}
 NAMED = ("tinyshakespeare",)
 MOST = 4096  # tokens that one request may ask for
