@@ -9,7 +9,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,26 +60,27 @@ def save(
     saved = {name: function.get_concrete_function() for name, function in signatures.items()}
     state = _state(endpoint, saved.values())
     if defaults := getattr(endpoint, "defaults", None):
-        saved["serving_default"] = _with_defaults(signatures["serving_default"], defaults)
+        specs = signatures["serving_default"].input_signature
+        saved["serving_default"] = _with_defaults(saved["serving_default"], specs, defaults)
     tf.saved_model.save(state, str(folder), signatures=saved)
 
 
 def _with_defaults(
-    function: tf.types.experimental.PolymorphicFunction, defaults: Mapping[str, Any]
+    function: tf.types.experimental.ConcreteFunction, inputs: Sequence[tf.TensorSpec], defaults: Mapping[str, Any]
 ) -> tf.types.experimental.PolymorphicFunction:
     """A function whose arguments have batches of one for defaults: these TensorFlow writes into the signature."""
-    specs = {spec.name: spec for spec in function.input_signature}
+    specs = {spec.name: spec for spec in inputs}
     if unknown := sorted(set(defaults) - set(specs)):
         raise ValueError(f"there are defaults of {', '.join(unknown)}; expected of {', '.join(specs)} alone")
 
-    def call(*inputs):
-        return function(*inputs)
+    def call(*given):
+        return function(*given)
 
     none, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
     values = {name: tf.constant([value], specs[name].dtype) for name, value in defaults.items()}
     arguments = [inspect.Parameter(name, kind, default=values.get(name, none)) for name in specs]
     call.__signature__ = inspect.Signature(arguments)
-    return tf.function(call, input_signature=function.input_signature, autograph=False)
+    return tf.function(call, input_signature=inputs, autograph=False)
 
 
 def publish(

@@ -9,13 +9,14 @@ TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are an
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 SUMMED = ("train_seconds", "device_seconds", "examples", "kilowatt_hours", "price")  # over the folds
 CONTRACT = ("Config", "load", "build", "train", "measure", "Endpoint", "SMOKE", "EXPECT", "baseline")
@@ -48,6 +49,9 @@ def marks(config: type) -> dict[str, Range | Choices]:
 class Config:
     """What can be changed in every task; a task's own Config adds its fields."""
 
+    # Whole numbers that may be 0, as those may that are by default; all others are 1 or more.
+    ZERO: ClassVar[tuple[str, ...]] = ("seed", "threads")
+
     data: str = ""  # name of a public data set, or a path; empty: the set that comes with the suite
     epochs: int = 10  # passes over the training examples
     batch: int = 128  # examples in a step, over all devices together
@@ -71,6 +75,15 @@ class Config:
     resume: bool = False  # go on with the run of that name, or with the task's newest
     runs: str = "runs"  # folder for logs, checkpoints and pictures of runs
     saved_models: str = "saved_models"  # folder for exported versions, in TensorFlow Serving's layout
+
+    def __post_init__(self):
+        """ValueError: a number that no training can use."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = int(type(field.default) is int and field.default > 0 and field.name not in self.ZERO)
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag}={value}: expected {least} or more; the default is {field.default}")
 
     @property
     def folder(self) -> Path:

@@ -50,6 +50,15 @@ def test_config(task):
     assert [(field.name, field.default) for field in dataclasses.fields(head)] == fields
 
 
+@pytest.mark.parametrize("flag", ["--batch=-1", "--batch=0", "--epochs=0", "--rate=nan", "--rate=-0.1", "--seed=-1"])
+def test_numbers_that_no_training_can_use_are_refused_at_once(task, flag, mistaken):
+    name = flag.split("=")[0]
+    default = task.Config.__dataclass_fields__[name.strip("-")].default
+    said = mistaken("train", task.__name__.removeprefix("apps."), flag).err
+    least = int(name in ("--batch", "--epochs"))
+    assert f"{flag}: expected {least} or more; the default is {default}" in re.sub(r"[\s│]+", " ", said)
+
+
 def test_expectations_name_data_that_can_be_found(task):
     assert set(task.EXPECT) <= set(named.DATASETS) | set(gymnasium.registry) | {""}
     assert task.EXPECT

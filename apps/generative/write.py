@@ -58,9 +58,10 @@ class Config(run.Config):
     def __post_init__(self):
         if self.backbone or self.strategy in ("mirrored", "multiworker"):
             object.__setattr__(self, "threads", 0)  # batches are not cut up there, so each operation needs all
+        super().__post_init__()
 
 
-SMOKE = Config(epochs=1, batch=8, context=32, layers=1, heads=2, width=16)
+SMOKE = Config(epochs=1, batch=32, context=32, layers=1, heads=2, width=16)
 EXPECT = {"": {"loss": 1.13}, "tinyshakespeare": {"loss": 1.555}}
 NAMED = ("tinyshakespeare",)
 MOST = 4096  # tokens that one request may ask for

@@ -52,6 +52,7 @@ class Config(run.Config):
     def __post_init__(self):
         if self.folds == -1:  # the default of versions that were saved earlier
             object.__setattr__(self, "folds", 0)
+        super().__post_init__()
 
 
 SMOKE = Config(epochs=1, networks=1, width=8, filters=8)
@@ -189,7 +190,7 @@ def _rows(config: Config) -> dict[str, np.ndarray]:
     """Rows of each split: the data's own, else a stratified tenth to test; a twentieth of the rest to validate."""
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
-    if config.folds == 1 or config.folds < 0:
+    if config.folds == 1:
         raise ValueError(f"--folds={config.folds} leaves nothing to learn from; give 2 or more, or 0 for no folds")
     parts = config.folds
     if not 0 <= config.fold < max(parts, 1):

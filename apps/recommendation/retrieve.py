@@ -11,7 +11,7 @@ Endpoint  user, or items just taken, or both -> ten items that the user has not 
 import dataclasses
 import time
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import keras
 import numpy as np
@@ -25,6 +25,7 @@ from shared.metrics.retrieval import ndcg, plot_popularity, ranks, retrieval
 
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
+    ZERO: ClassVar = (*run.Config.ZERO, "linear")
     epochs: int = 16  # passes over the histories
     batch: int = 64  # windows of histories in a step, over all devices together
     patience: int = 16  # epochs without a better validation result before training stops
