@@ -7,7 +7,7 @@ READY := .venv/.ready
 TASKS := $(subst /,.,$(patsubst apps/%.py,%,$(filter-out %/__init__.py,$(wildcard apps/*/*.py))))
 DOMAINS := $(sort $(foreach task,$(TASKS),$(firstword $(subst ., ,$(task)))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PACKAGES := --constraint constraints.txt --editable '.[vision,speech,nlp,recommendation,rl,generative,tune,dev]'
+PACKAGES := --editable '.[vision,speech,nlp,recommendation,rl,generative,tune,dev]'
 SUITE := generative.write nlp.classify speech.spot vision.classify recommendation.retrieve rl.ppo  # long ones first
 
 .PHONY: help install suite test list serve quality report lint clean $(TASKS) $(DOMAINS)
@@ -33,7 +33,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and \
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(PACKAGES) || $(PIP) $(PACKAGES)
+	$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+		--constraint constraints.txt $(PACKAGES) || $(PIP) $(PACKAGES)
 	@touch $@
 
 suite: $(READY)

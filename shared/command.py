@@ -127,9 +127,10 @@ class Explain:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a saved version on other data."""
+    """Measure a saved version on other data, or anew on its own."""
 
-    data: str = ""  # public data set by name, or a path; empty: the set that comes with the suite
+    # public data set by name, or a path; left out: the test part of what the version learned from
+    data: str | None = None
     version: int = 0  # which saved version; 0: the newest
     saved_models: str = "saved_models"  # folder of exported versions
     runs: str = "runs"  # folder for pictures of the result
@@ -195,6 +196,10 @@ def _list(words: list[str]) -> None:
 
 
 def _named(words: list[str], command: str) -> tuple[str, list[str]]:
+    if words[:1] in (["--help"], ["-h"]):
+        print(f"usage: cornucopia {command} TASK [flags]; cornucopia {command} TASK --help tells the flags\n\ntasks: "
+              f"{', '.join(tasks())}")  # fmt: skip
+        raise SystemExit
     if not words or words[0].startswith("-"):
         _refuse(f"cornucopia {command} needs a task: {', '.join(tasks())}")
     if words[0] not in tasks():

@@ -130,6 +130,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     say("served", f"{report['served']['answers']} answers over gRPC equal the model in memory, "
                   f"largest difference {report['served']['largest_difference']:.1e}, "
                   f"{report['served']['milliseconds']:.1f} ms a request")  # fmt: skip
+    _warn(report)
     say("saved", f"{version}")
     return report
 
@@ -179,9 +180,10 @@ def train(task: ModuleType, config: Config) -> tuple[Any, Any, dict[str, float]]
     """A trained model, the data, and what it cost; the test part was not looked at."""
     from shared import training
 
-    splits = task.load(config)
-    with training.strategy(config.strategy).scope():
-        model = task.build(config, splits)
+    with training.beginning(config):
+        splits = task.load(config)
+        with training.strategy(config.strategy).scope():
+            model = task.build(config, splits)
     return model, splits, task.train(config, model, splits)
 
 
@@ -190,6 +192,17 @@ def _compare(learned: Learned) -> None:
     for metric, value in learned.test.items():
         beside = f"baseline {learned.baseline[metric]}" if metric in learned.baseline else ""
         say("", f"{metric:<16} {value!s:<24} {beside}")
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    """Say where the version is worse than its baseline; a server that watches its folder takes it all the same."""
+    from shared.metrics import LOWER_IS_BETTER
+
+    headline = report["headline"]
+    if headline in report["baseline"]:
+        ours, theirs = (report[part][headline]["value"] for part in ("test", "baseline"))
+        if ours > theirs if headline in LOWER_IS_BETTER else ours < theirs:
+            say("warning", f"{headline} {ours:.4f} is worse than the baseline's {theirs:.4f}")
 
 
 def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learned) -> Learned:
@@ -243,7 +256,8 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
 
 
 def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
-    """Measure a saved version on other data: its test part where it names one, else all of it; return the metrics.
+    """Measure a saved version on other data: its test part where it names one, else all of it; or anew on the test part
+    of the data that it learned from. Return the metrics.
 
     Raises:
         FileNotFoundError: there is no such version.
@@ -256,18 +270,17 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
     learned = {key: value for key, value in saved.items() if key not in training.FREE}  # not how and where it was
-    changes = {"data": flags.data, "on_error": flags.on_error, "runs": flags.runs, "saved_models": flags.saved_models,
-               "batch": 1}  # fmt: skip
+    own = flags.data is None or flags.data == saved["data"]
+    changes = {"data": saved["data"] if own else flags.data, "on_error": flags.on_error, "runs": flags.runs,
+               "saved_models": flags.saved_models, "batch": 1}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**learned, **changes}))
     names = json.loads((extra / "metrics.json").read_text())["names"]
-    if hasattr(task, "load_other") and flags.data != saved["data"]:
-        splits = task.load_other(config, names)
-    else:
-        splits = task.load(config)
-    if list(splits.names) != names:
-        raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
+    with training.beginning(config):
+        splits = task.load_other(config, names) if hasattr(task, "load_other") and not own else task.load(config)
+        if list(splits.names) != names:
+            raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
     protocol = splits.about["protocol"]
-    if splits.drawn:
+    if splits.drawn and not own:  # of its own data the model has learned the rest
         whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
         splits, protocol = dataclasses.replace(splits, test=whole), "all of it"
     with warnings.catch_warnings():  # KerasHub's models want an optimizer even where they are parts of another model

@@ -62,6 +62,7 @@ def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornuco
     (extra / "config.json").write_text(json.dumps(record))
     for file in folder.rglob("*.png"):
         Image.open(file).convert("L").resize((30, 24)).save(file)
+    folder = folder.rename(tmp_path / "other")
     done = forked("evaluate", "vision.classify", f"--data={folder}")
     assert "all of it" in done.stdout
     assert re.search(r"accuracy +(1\.0|0\.9)", done.stdout)

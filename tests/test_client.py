@@ -334,6 +334,13 @@ def test_ask_shows_so_many_of_the_best(over, capsys, monkeypatch):
             ask.ask("adder", {"a": "1,2", "b": "2"}, address=address)
         with pytest.raises(ValueError, match=r"refuses .INVALID_ARGUMENT.: Unrecognized servable version label: L"):
             ask.ask("adder", {"a": "1", "b": "2"}, address=address, label="L")
+    with pytest.raises(ValueError, match="--x takes 4 float32 numbers with commas or spaces between, not '1,2'"):
+        ask.read("m", {"x": "1,2"}, {"x": (np.dtype(np.float32), (-1, 4))})
+    assert ask.read("m", {"x": "1,2"}, {"x": (np.dtype(np.float32), (-1, -1))})["x"].tolist() == [[1, 2]]
+    written = {"tokens": np.array([b"a", b"\n"], object), "names": np.array([b"a", b"b"], object)}
+    assert ask.describe(written).splitlines() == ["names      a b", r"tokens     'a' '\n'"]
+    inner = ServerError(grpc.StatusCode.INVALID_ARGUMENT, "text is empty\n\t [[{{node a/Assert}}]] [Op:b]")
+    assert str(ask.explained(inner, "")) == "the server refuses (INVALID_ARGUMENT): text is empty"
     best = {"top_labels": np.array([b"a", b"b", b"c"], object), "top_scores": np.array([0.5, 0.3, 0.2])}
     assert ask.describe(best, top=2).splitlines() == ["top 1      0.5000  a", "top 2      0.3000  b"]
     assert len(ask.describe(best).splitlines()) == 3

@@ -211,6 +211,7 @@ def test_warnings_of_the_curves():
     assert said == ["after an epoch the loss, 1.500, is no better than guessing one of 4 classes (1.386): look at the "
                     "labels, or change the learning rate"]  # fmt: skip
     assert not list(diagnosis.warnings({"loss": [1.2], "val_loss": [1.4], "accuracy": [0.2]}, splits))
+    assert not list(diagnosis.warnings({"loss": [1.5], "val_loss": [1.4], "accuracy": [0.4]}, splits))
     falling, rising = [1.0, 0.9, 0.8, 0.7], [1.0, 1.1, 1.2, 1.3]
     (said,) = diagnosis.warnings({"loss": falling, "val_loss": rising}, splits)
     assert said.startswith("validation loss has risen for three epochs")
@@ -307,6 +308,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision, strateg
         return
     with pytest.raises(FloatingPointError, match=r"the gradient of first became infinite .* by step 1 "):
         training.fit(config, model, splits)
+
+
+def test_a_run_that_is_refused_before_it_learns_leaves_nothing(mistaken, tmp_path):
+    mistaken("train", "vision.classify", "--data=nowhere")
+    assert not list((tmp_path / "runs").iterdir())  # so that --resume finds the run before it
 
 
 def test_a_full_disk_is_told_before_training(mistaken, tmp_path):

@@ -17,6 +17,15 @@ def test_interval_of_a_mean_is_the_binomial_one():
     assert found.high == pytest.approx(0.8 + error, abs=0.004)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_interval_of_a_share_where_all_are_alike_is_the_exact_one(right):
+    found = metrics.share(np.full(9, right))
+    far = 0.025 ** (1 / 9)  # nine in a row are as rare as that where the share of hits is so
+    assert (found.value, found.low, found.high) == pytest.approx((1, far, 1) if right else (0, 0, 1 - far))
+    some = np.array([True, True, False])
+    assert metrics.share(some) == metrics.measured(np.mean, some.astype(float))
+
+
 def test_interval_is_the_same_for_the_same_seed():
     hits = np.random.default_rng(1).random(50).round()
     assert metrics.measured(np.mean, hits) == metrics.measured(np.mean, hits)

@@ -130,6 +130,15 @@ def test_random_bytes_as_http(running, data):
     assert not answer or answer.startswith(b"HTTP/1.")
 
 
+def test_what_is_no_http_is_told_in_one_line(running, caplog):
+    with connected(running) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")  # a gRPC client's first bytes
+        assert b" 400 " in connection.recv(1000)
+    (told,) = [record for record in caplog.records if "no HTTP" in record.message]
+    assert told.levelname == "WARNING"
+    assert told.exc_info is None
+
+
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "..", "/etc", "adder/../adder", "adder\x00", "a" * 100_000])
 def test_names_are_never_paths(running, name):
     with Client(running.address, retries=0) as client, pytest.raises(ServerError, match="NOT_FOUND"):

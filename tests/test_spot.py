@@ -80,7 +80,7 @@ def test_folder_to_served_answer_on_recordings_of_other_programs(words, cornucop
         answer = cornucopia("ask", "speech.spot", "--audio=noise.wav", f"--address={address}").stdout
         assert re.search(r"^score +0\.[0-4]", answer, re.MULTILINE)
 
-    done = forked("evaluate", "speech.spot", f"--data={words}")
+    done = forked("evaluate", "speech.spot", f"--data={words.rename(tmp_path / 'other')}")
     assert "all of it" in done.stdout
     assert re.search(r"accuracy +1\.0000", done.stdout)
 

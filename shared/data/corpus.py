@@ -15,6 +15,8 @@ def read(path: Path, *, on_error: str) -> tuple[str, list[str]]:
     Raises:
         FileNotFoundError, ValueError: nothing is there, no text, or files that are not UTF-8.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a text, or a folder or archive of *.txt files")
     if path.is_file() and not archives.is_archive(path):
         files = [(path.name, path.read_bytes())]
     else:

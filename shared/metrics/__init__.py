@@ -12,7 +12,7 @@ LOWER_IS_BETTER = {"loss", "sliding_loss", "wer", "rmse", "calibration_error", "
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A metric on the test examples with its 95 % bootstrap interval."""
+    """A metric on the test examples with its 95 % interval."""
 
     value: float
     low: float
@@ -35,3 +35,16 @@ def measured(statistic: Callable[..., float], *examples: np.ndarray, seed: int =
         rng=np.random.default_rng(seed),
     )  # fmt: skip
     return Measured(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def share(those: np.ndarray) -> Measured:
+    """The share of test examples of which something is true, bool [example].
+
+    Where it is true of all or of none, every resample says the same, however few they are; then the interval is the
+    exact one of Clopper & Pearson (1934).
+    """
+    count = int(those.sum())
+    if 0 < count < len(those):
+        return measured(np.mean, those.astype(float))
+    found = scipy.stats.binomtest(count, len(those)).proportion_ci(0.95, "exact")
+    return Measured(count / len(those), float(found.low), float(found.high))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import sklearn.metrics
 
-from shared.metrics import Measured, measured
+from shared.metrics import Measured, measured, share
 
 
 def classification(labels: np.ndarray, scores: np.ndarray, *, top: int = 5) -> dict[str, Measured]:
@@ -22,7 +22,7 @@ def classification(labels: np.ndarray, scores: np.ndarray, *, top: int = 5) -> d
     found = decisions(labels, scores.argmax(-1))
     if scores.shape[1] > top:
         best = np.argpartition(scores, -top, axis=-1)[:, -top:]
-        found[f"top{top}_accuracy"] = measured(np.mean, (best == labels[:, None]).any(-1).astype(float))
+        found[f"top{top}_accuracy"] = share((best == labels[:, None]).any(-1))
     found["calibration_error"] = measured(
         calibration_error, (labels == scores.argmax(-1)).astype(float), scores.max(-1)
     )
@@ -35,7 +35,7 @@ def decisions(labels: np.ndarray, chosen: np.ndarray) -> dict[str, Measured]:
     A class that is neither among the labels nor chosen does not count towards macro F1.
     """
     return {
-        "accuracy": measured(np.mean, (labels == chosen).astype(float)),
+        "accuracy": share(labels == chosen),
         "macro_f1": measured(macro_f1, labels, chosen),
     }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.metrics import Measured, measured
+from shared.metrics import Measured, measured, share
 
 
 def retrieval(scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, *, top: int = 10) -> dict[str, Measured]:
@@ -37,7 +37,7 @@ def retrieval(scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, *
     bias = measured(lambda seen, took: seen.mean() / took.mean(), popularity[shown].mean(-1), popularity[targets])
     return {
         f"ndcg@{top}": measured(np.mean, ndcg(place, top=top)),
-        f"hr@{top}": measured(np.mean, (place <= top).astype(float)),
+        f"hr@{top}": share(place <= top),
         "mrr": measured(np.mean, 1 / place),
         f"coverage@{top}": Measured(covered, covered, covered),
         f"popularity_bias@{top}": bias,

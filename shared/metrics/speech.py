@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shared.metrics import Measured, measured
+from shared.metrics import Measured, share
 
 
 def alarms(words: np.ndarray, others: np.ndarray, *, threshold: float = 0.5) -> dict[str, Measured]:
@@ -16,6 +16,6 @@ def alarms(words: np.ndarray, others: np.ndarray, *, threshold: float = 0.5) -> 
         `false_alarm_rate`, the share of `others` taken for a word; `false_rejection_rate`, the share of `words` not.
     """
     return {
-        "false_alarm_rate": measured(np.mean, (others >= threshold).astype(float)),
-        "false_rejection_rate": measured(np.mean, (words < threshold).astype(float)),
+        "false_alarm_rate": share(others >= threshold),
+        "false_rejection_rate": share(words < threshold),
     }

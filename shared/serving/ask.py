@@ -1,5 +1,6 @@
 """One raw request to a server, and its answer as a person reads it."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -64,17 +65,22 @@ def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.
         return np.array([Path(text).read_bytes() if name in FILES else text.encode()], object)
     try:
         value = np.array([float(number) for number in text.replace(",", " ").split()]).astype(dtype)
-        return value.reshape([1, *([-1] if len(shape) > 1 else [])])
+        return value.reshape([1, *([shape[1]] if len(shape) > 1 else [])])
     except ValueError as error:
-        expected = f"{dtype} numbers with commas or spaces between" if len(shape) > 1 else f"one {dtype} number"
+        expected = f"one {dtype} number"
+        if len(shape) > 1:
+            count = f"{shape[1]} " if shape[1] >= 0 else ""
+            expected = f"{count}{dtype} numbers with commas or spaces between"
         raise ValueError(f"--{name} takes {expected}, not {text!r}") from error
 
 
 def explained(error: ServerError, address: str) -> ValueError | ConnectionError:
     """A failed call as a person at the command line needs it."""
     if error.code == grpc.StatusCode.UNAVAILABLE:
-        return ConnectionError(f"no server answers at {address} ({error.details}); start one with make serve")
-    return ValueError(f"the server refuses ({error.code.name}): {error.details}")
+        return ConnectionError(f"no server answers at {address} ({error.details}); start one with make serve, or, of a "
+                               f"port for REST, write http:// before it")  # fmt: skip
+    details = re.sub(r"\s*\[\[\{\{.*", "", error.details, flags=re.DOTALL)  # where in TensorFlow's graph it happened
+    return ValueError(f"the server refuses ({error.code.name}): {details or error.details}")
 
 
 def describe(answer: Mapping[str, np.ndarray], *, top: int | None = None) -> str:
@@ -101,7 +107,9 @@ def _show(value) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, np.ndarray) and value.ndim:
-        return " ".join(_show(item) for item in value.tolist())
+        items = [_show(item) for item in value.tolist()]
+        spaced = value.dtype == object and any(re.search(r"\s", item) for item in items)
+        return " ".join(map(repr, items) if spaced else items)  # marks tell where each begins and ends
     if isinstance(value, float | np.floating):
         return f"{value:.4f}"
     return str(value)

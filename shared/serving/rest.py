@@ -333,6 +333,13 @@ class _Connection(web.RequestHandler):
             self._clock.cancel()
             self._clock = None
 
+    def log_exception(self, message, *arguments, exc_info=None, **named) -> None:
+        """What is no HTTP says no more of this program than one line."""
+        if isinstance(exc_info, HttpProcessingError):
+            log.warning("%s: it sent no HTTP", message % arguments)
+        else:
+            super().log_exception(message, *arguments, exc_info=exc_info, **named)
+
     async def finish_response(self, request, response, *arguments) -> tuple[web.StreamResponse, bool]:
         if self._web.draining:
             response.force_close()

@@ -2,6 +2,6 @@
 
 from shared.training.cost import describe, peak_bytes
 from shared.training.fitting import best_score, cosine, fit
-from shared.training.start import FREE, begin, strategy
+from shared.training.start import FREE, begin, beginning, strategy
 
-__all__ = ["FREE", "begin", "best_score", "cosine", "describe", "fit", "peak_bytes", "strategy"]
+__all__ = ["FREE", "begin", "beginning", "best_score", "cosine", "describe", "fit", "peak_bytes", "strategy"]

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -63,6 +65,17 @@ def begin(task_name: str, config: Config) -> Config:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(_fastest() if config.precision == "auto" else config.precision)
     return config
+
+
+@contextlib.contextmanager
+def beginning(config: Config) -> Iterator[None]:
+    """What may be refused before anything is learned: then no folder of a new run stays, with its settings alone."""
+    try:
+        yield
+    except BaseException:
+        if workers.chief() and not config.resume and {one.name for one in config.folder.iterdir()} <= {"config.json"}:
+            shutil.rmtree(config.folder)
+        raise
 
 
 def _record(task_name: str, config: Config) -> None:
