@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from shared import command
+from shared import command, run
 
 FILES = sorted([*ROOT.glob("apps/**/*.py"), *ROOT.glob("shared/**/*.py")])
 
@@ -61,6 +61,31 @@ def test_onednn_is_asked_for_before_tensorflow_is_imported_unless_the_user_says_
     env |= {"TF_ENABLE_ONEDNN_OPTS": given} if given else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     assert done.stdout.split() == [given or "1", "False"]
+
+
+@pytest.mark.parametrize("name", ["train", "launch", "tune", "evaluate", "ask", "load", "explain"])
+def test_help_of_a_command_that_takes_a_task_names_the_tasks(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cornucopia", name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert f"usage: cornucopia {name} TASK [flags]" in said
+    assert ", ".join(command.tasks()) in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "headline", "said"),
+    [
+        (0.5, 0.9, "accuracy", "warning    accuracy 0.5000 is worse than the baseline's 0.9000\n"),
+        (0.9, 0.9, "accuracy", ""),
+        (2.0, 1.5, "loss", "warning    loss 2.0000 is worse than the baseline's 1.5000\n"),
+        (1.0, 1.5, "loss", ""),
+    ],
+)
+def test_a_version_worse_than_its_baseline_is_told(ours, theirs, headline, said, capsys):
+    run._warn({"headline": headline, "test": {headline: {"value": ours}}, "baseline": {headline: {"value": theirs}}})
+    assert capsys.readouterr().out == said
 
 
 def test_a_server_does_not_wait_for_keras_and_can_import_it_later():
