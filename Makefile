@@ -28,13 +28,14 @@ help:
 
 install: $(READY)
 
-# By uv, in a fraction of the time; by pip where only that knows the way, as to an index that pip.conf names.
+# By uv, in a fraction of the time; by pip where uv fails, or pip's settings name an index, which uv does not read.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and \
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
-		--constraint constraints.txt $(PACKAGES) || $(PIP) $(PACKAGES)
+	! $(BIN)/python -m pip config list | grep '\.index-url' && $(PIP) uv && \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+			--constraint constraints.txt $(PACKAGES) || $(PIP) $(PACKAGES)
 	@touch $@
 
 suite: $(READY)

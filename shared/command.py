@@ -30,7 +30,7 @@ USAGE = """usage: cornucopia COMMAND [TASK] [flags]
   train TASK [flags]      raw data to a served answer: train, measure, export, serve, ask
   launch TASK [flags]     train in several processes of this machine: --workers=2
   tune TASK [flags]       search the fields that the task marks with a range: --trials=20 --method=bayesian --workers=2
-  evaluate TASK [flags]   measure a saved version on other data (--data=PATH)
+  evaluate TASK [flags]   measure a saved version on other data (--data=PATH), or anew on its own
   ask TASK --INPUT=VALUE  one raw request to a running server (image and audio: a file; else the value itself)
   load TASK [flags]       load a running server: throughput, latency, and where the time of a request goes
                           (ask and load: --address=HOST:PORT for gRPC, http://HOST:PORT for REST)
@@ -129,7 +129,8 @@ class Explain:
 class Evaluate:
     """Measure a saved version on other data, or anew on its own."""
 
-    # public data set by name, or a path; left out: the test part of what the version learned from
+    # public data set by name, or a path; empty: the set that comes with the suite; left out: the test part of what the
+    # version learned from
     data: str | None = None
     version: int = 0  # which saved version; 0: the newest
     saved_models: str = "saved_models"  # folder of exported versions

@@ -167,6 +167,7 @@ def card(model: keras.Model, task: ModuleType, report: Mapping[str, Any], about:
     lines = [f"# {report['task']}", "", (task.__doc__ or "").strip().split("\n")[0], "", "## Results", ""]
     drawn = "folds" if report["folds"] else "test examples"
     lines += [f"Protocol: {report['protocol']}. Intervals: 95 %, bootstrap over the {drawn}.", ""]
+    lines += ["Where all or none of the test examples are right, the interval is exact.", ""] * (not report["folds"])
     lines += ["| metric | this model | baseline | published |", "| --- | --- | --- | --- |"]
     for metric, value in report["test"].items():
         beside = report["baseline"].get(metric)

@@ -9,7 +9,6 @@ TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are an
 
 import dataclasses
 import json
-import math
 import statistics
 import time
 import warnings
@@ -50,7 +49,7 @@ class Config:
     """What can be changed in every task; a task's own Config adds its fields."""
 
     # Whole numbers that may be 0, as those may that are by default; all others are 1 or more.
-    ZERO: ClassVar[tuple[str, ...]] = ("seed", "threads")
+    ZERO: ClassVar[tuple[str, ...]] = ("patience", "seed", "threads")
 
     data: str = ""  # name of a public data set, or a path; empty: the set that comes with the suite
     epochs: int = 10  # passes over the training examples
@@ -81,7 +80,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = int(type(field.default) is int and field.default > 0 and field.name not in self.ZERO)
-            if isinstance(value, int | float) and not least <= value < math.inf:
+            if isinstance(value, int | float) and not value >= least:  # nor is NaN
                 flag = field.name.replace("_", "-")
                 raise ValueError(f"--{flag}={value}: expected {least} or more; the default is {field.default}")
 
@@ -270,16 +269,21 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
     learned = {key: value for key, value in saved.items() if key not in training.FREE}  # not how and where it was
-    own = flags.data is None or flags.data == saved["data"]
-    changes = {"data": saved["data"] if own else flags.data, "on_error": flags.on_error, "runs": flags.runs,
+    given, taught = saved["data"] if flags.data is None else flags.data, saved["data"]
+    paths = [Path(data) for data in (given, taught) if data and Path(data).exists()]
+    own = given == taught or (len(paths) == 2 and paths[0].samefile(paths[1]))
+    changes = {"data": given, "on_error": saved["on_error"] if own else flags.on_error, "runs": flags.runs,
                "saved_models": flags.saved_models, "batch": 1}  # fmt: skip
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**learned, **changes}))
-    names = json.loads((extra / "metrics.json").read_text())["names"]
+    report = json.loads((extra / "metrics.json").read_text())
+    names = report["names"]
     with training.beginning(config):
         splits = task.load_other(config, names) if hasattr(task, "load_other") and not own else task.load(config)
         if list(splits.names) != names:
             raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
     protocol = splits.about["protocol"]
+    if own and not report["folds"] and protocol != report["protocol"]:
+        say("warning", f"the data changed, so the model may have learned some of its test part: {report['protocol']}")
     if splits.drawn and not own:  # of its own data the model has learned the rest
         whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
         splits, protocol = dataclasses.replace(splits, test=whole), "all of it"

@@ -337,6 +337,12 @@ def test_ask_shows_so_many_of_the_best(over, capsys, monkeypatch):
     with pytest.raises(ValueError, match="--x takes 4 float32 numbers with commas or spaces between, not '1,2'"):
         ask.read("m", {"x": "1,2"}, {"x": (np.dtype(np.float32), (-1, 4))})
     assert ask.read("m", {"x": "1,2"}, {"x": (np.dtype(np.float32), (-1, -1))})["x"].tolist() == [[1, 2]]
+    square = {"x": (np.dtype(np.float32), (-1, 2, 2))}
+    assert ask.read("m", {"x": "1,2,3,4"}, square)["x"].tolist() == [[[1, 2], [3, 4]]]
+    with pytest.raises(ValueError, match="--x takes 4 float32 numbers with commas or spaces between, not '1,2'"):
+        ask.read("m", {"x": "1,2"}, square)
+    with pytest.raises(ValueError, match="--x takes any count of float32 numbers with commas or spaces between"):
+        ask.read("m", {"x": "one"}, {"x": (np.dtype(np.float32), (-1, -1))})
     written = {"tokens": np.array([b"a", b"\n"], object), "names": np.array([b"a", b"b"], object)}
     assert ask.describe(written).splitlines() == ["names      a b", r"tokens     'a' '\n'"]
     inner = ServerError(grpc.StatusCode.INVALID_ARGUMENT, "text is empty\n\t [[{{node a/Assert}}]] [Op:b]")

@@ -310,7 +310,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, precision, strateg
         training.fit(config, model, splits)
 
 
-def test_a_run_that_is_refused_before_it_learns_leaves_nothing(mistaken, tmp_path):
+def test_a_run_whose_data_are_refused_leaves_nothing(mistaken, tmp_path):
     mistaken("train", "vision.classify", "--data=nowhere")
     assert not list((tmp_path / "runs").iterdir())  # so that --resume finds the run before it
 

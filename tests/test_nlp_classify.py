@@ -82,7 +82,8 @@ def test_table_to_served_answer(learnt, table, cornucopia, forked, python, servi
         "assert scores.shape == (2, 2) and np.isfinite(scores).all()\n",
         str(extra / "model.keras"),
     )
-    done = forked("evaluate", "nlp.classify")  # of its own data what it did not learn
+    taught = os.path.relpath(learnt / "table.csv", tmp_path)
+    done = forked("evaluate", "nlp.classify", f"--data={taught}")  # of its own data what it did not learn
     report = json.loads((extra / "metrics.json").read_text())
     accuracy = report["test"]["accuracy"]
     assert f"{report['protocol']}\n           accuracy           {accuracy['value']:.4f}" in done.stdout

@@ -134,7 +134,7 @@ def test_what_is_no_http_is_told_in_one_line(running, caplog):
     with connected(running) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")  # a gRPC client's first bytes
         assert b" 400 " in connection.recv(1000)
-    (told,) = [record for record in caplog.records if "no HTTP" in record.message]
+    (told,) = [record for record in caplog.records if "no valid HTTP" in record.message]
     assert told.levelname == "WARNING"
     assert told.exc_info is None
 

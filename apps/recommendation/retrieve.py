@@ -25,7 +25,7 @@ from shared.metrics.retrieval import ndcg, plot_popularity, ranks, retrieval
 
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
-    ZERO: ClassVar = (*run.Config.ZERO, "linear")
+    ZERO: ClassVar = (*run.Config.ZERO, "layers", "linear")
     epochs: int = 16  # passes over the histories
     batch: int = 64  # windows of histories in a step, over all devices together
     patience: int = 16  # epochs without a better validation result before training stops

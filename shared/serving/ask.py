@@ -1,5 +1,6 @@
 """One raw request to a server, and its answer as a person reads it."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -65,20 +66,18 @@ def _parse(name: str, text: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.
         return np.array([Path(text).read_bytes() if name in FILES else text.encode()], object)
     try:
         value = np.array([float(number) for number in text.replace(",", " ").split()]).astype(dtype)
-        return value.reshape([1, *([shape[1]] if len(shape) > 1 else [])])
+        return value.reshape([1, *shape[1:]])
     except ValueError as error:
-        expected = f"one {dtype} number"
-        if len(shape) > 1:
-            count = f"{shape[1]} " if shape[1] >= 0 else ""
-            expected = f"{count}{dtype} numbers with commas or spaces between"
+        count = math.prod(shape[1:]) if min(shape[1:], default=1) >= 0 else "any count of"
+        expected = f"one {dtype} number" if count == 1 else f"{count} {dtype} numbers with commas or spaces between"
         raise ValueError(f"--{name} takes {expected}, not {text!r}") from error
 
 
 def explained(error: ServerError, address: str) -> ValueError | ConnectionError:
     """A failed call as a person at the command line needs it."""
     if error.code == grpc.StatusCode.UNAVAILABLE:
-        return ConnectionError(f"no server answers at {address} ({error.details}); start one with make serve, or, of a "
-                               f"port for REST, write http:// before it")  # fmt: skip
+        rest = "" if "://" in address else f", or, if that is a port for REST, write http://{address}"
+        return ConnectionError(f"no server answers at {address} ({error.details}); start one with make serve{rest}")
     details = re.sub(r"\s*\[\[\{\{.*", "", error.details, flags=re.DOTALL)  # where in TensorFlow's graph it happened
     return ValueError(f"the server refuses ({error.code.name}): {details or error.details}")
 
@@ -108,7 +107,7 @@ def _show(value) -> str:
         return value.decode(errors="replace")
     if isinstance(value, np.ndarray) and value.ndim:
         items = [_show(item) for item in value.tolist()]
-        spaced = value.dtype == object and any(re.search(r"\s", item) for item in items)
+        spaced = value.dtype == object and any(not item or re.search(r"\s", item) for item in items)
         return " ".join(map(repr, items) if spaced else items)  # marks tell where each begins and ends
     if isinstance(value, float | np.floating):
         return f"{value:.4f}"

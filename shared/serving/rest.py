@@ -334,9 +334,9 @@ class _Connection(web.RequestHandler):
             self._clock = None
 
     def log_exception(self, message, *arguments, exc_info=None, **named) -> None:
-        """What is no HTTP says no more of this program than one line."""
+        """What is no valid HTTP says nothing of this program: a line, and no traceback."""
         if isinstance(exc_info, HttpProcessingError):
-            log.warning("%s: it sent no HTTP", message % arguments)
+            log.warning("%s: no valid HTTP (%s)", message % arguments, exc_info.message.partition("\n")[0])
         else:
             super().log_exception(message, *arguments, exc_info=exc_info, **named)
 

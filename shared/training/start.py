@@ -69,12 +69,13 @@ def begin(task_name: str, config: Config) -> Config:
 
 @contextlib.contextmanager
 def beginning(config: Config) -> Iterator[None]:
-    """What may be refused before anything is learned: then no folder of a new run stays, with its settings alone."""
+    """Loading and building: where they refuse, no folder of a new run stays, with its settings alone."""
     try:
         yield
-    except BaseException:
-        if workers.chief() and not config.resume and {one.name for one in config.folder.iterdir()} <= {"config.json"}:
-            shutil.rmtree(config.folder)
+    except Exception:
+        found = {one.name for one in config.folder.glob("*")}
+        if workers.chief() and not config.resume and found == {"config.json"}:
+            shutil.rmtree(config.folder, ignore_errors=True)
         raise
 
 
