@@ -51,7 +51,7 @@ class Config(run.Config):
     # Processors that one operation may take; each step's batch is cut up for them; 0: all, uncut, as backbones and many
     # devices learn.
     threads: int = 1
-    # Compile the step, or where parts of a batch learn side by side its update alone: for GPUs; see CONTRIBUTING.md.
+    # Compile the step, or where parts of a batch learn side by side its update alone; see CONTRIBUTING.md.
     xla: bool = False
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # see CONTRIBUTING.md
 
