@@ -33,7 +33,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and \
 		f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	! $(BIN)/python -m pip config list | grep '\.index-url' && $(PIP) uv && \
+	! $(BIN)/python -m pip config list | grep '\.index-url' >/dev/null && $(PIP) uv && \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
 			--constraint constraints.txt $(PACKAGES) || $(PIP) $(PACKAGES)
 	@touch $@
