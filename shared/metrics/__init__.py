@@ -10,6 +10,11 @@ LOWER_IS_BETTER = {"loss", "sliding_loss", "wer", "rmse", "calibration_error", "
                    "unseen_false_alarm_rate", "false_rejection_rate"}  # fmt: skip
 
 
+def worse(metric: str, value: float, *, than: float) -> bool:
+    """Whether a value of the metric is worse than another."""
+    return value > than if metric in LOWER_IS_BETTER else value < than
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """A metric on the test examples with its 95 % interval."""
