@@ -23,6 +23,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.python.client import pywrap_tf_session
 from tensorflow.python.saved_model import loader_impl
+from tensorflow.python.util import _pywrap_util_port
 
 from shared.serving import tensors
 from shared.serving.flags import processors
@@ -36,8 +37,9 @@ STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
 LONG = 0.0005  # seconds from which a run is worth a change of threads
 LARGEST = 16 << 20  # bytes of a graph whose constants may be held twice
-TURN = 32  # runs that go one way before it is compared with the other
-OTHER = 32  # one turn in so many goes the way that was slower, to see whether it still is
+TURN = 32  # runs that go one way before it is compared with the other,
+SPAN = 0.25  # or two and more that took so many seconds
+OTHER = 64  # one turn in so many goes the way that was slower, to see whether it still is
 _importing = threading.Lock()
 
 
@@ -63,13 +65,14 @@ _running = _Running()
 class _Ways:
     """Which of two ways to run, shared out and serial, takes less time; they are tried in turns."""
 
-    __slots__ = ("last", "lock", "runs", "seconds", "serial", "spent", "turns")
+    __slots__ = ("last", "lock", "mixed", "runs", "seconds", "serial", "spent", "turns")
 
     def __init__(self):
         self.lock = threading.Lock()
         self.serial = False  # the way of this turn
         self.seconds = [0.0, 0.0]  # that a run takes of late, shared out and serial; 0: not known
         self.runs, self.spent, self.turns, self.last = 0, 0.0, 0, 0.0
+        self.mixed = 0.0  # when the last run ended that did not go the way of this turn
 
     def took(self, begun: float, ended: float, *, serial: bool) -> None:
         """Note a run, and after the last of a turn choose the next one's way.
@@ -78,10 +81,13 @@ class _Ways:
         """
         with self.lock:
             seconds, self.last = ended - max(begun, self.last), ended
-            if serial != self.serial:
-                return  # it began in the turn before, or cannot be serial yet
+            if serial != self.serial:  # it began in the turn before, or cannot be serial yet
+                self.mixed = ended
+                return
+            if begun < self.mixed:
+                return  # what ran beside the other way says nothing of this one
             self.runs, self.spent = self.runs + 1, self.spent + seconds
-            if self.runs < TURN:
+            if self.runs < TURN and (self.runs < 2 or self.spent < SPAN):
                 return
             mean, before = self.spent / self.runs, self.seconds[serial]
             self.runs, self.spent, self.turns = 0, 0.0, self.turns + 1
@@ -138,9 +144,11 @@ class Servable:
         self._callables: dict[Any, Any] = {}
         self._paces: dict[Any, _Pace] = {}  # by what was run and how many rows
         self._making = threading.Lock()  # one serial callable at a time
-        # Each callable has constants of its own; with one processor, or a GPU, there is nothing to share out.
+        # Each callable has constants of its own; with one processor, or a GPU, there is nothing to share out; and
+        # without oneDNN kernels share their work out in any pool.
         size = sum(path.stat().st_size for path in folder.glob("saved_model.pb*"))
-        self._both = size <= LARGEST and threads[0] != 1 < processors() and len(self._session.list_devices()) == 1
+        alone = threads[0] == 1 or processors() == 1 or len(self._session.list_devices()) > 1
+        self._both = size <= LARGEST and not alone and _pywrap_util_port.IsMklEnabled()
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
         for key, definition in self.definitions.items():
@@ -211,8 +219,8 @@ class Servable:
         """As `run`, in the way that suits the moment; a run that takes long is in a block of `waiting`.
 
         TensorFlow shares an operation out over all processors. That pays for large ones while there are idle
-        processors, and not for small ones; where as many run as there are processors, it depends on the processor. So a
-        run goes the way that was faster of late, among few and among many.
+        processors, and not for small ones; where as many run as there are processors, it depends on the processor. So
+        with oneDNN a run goes the way that was faster of late, among few and among many.
         """
         if self._limited:
             with waiting():
