@@ -668,8 +668,9 @@ def test_metrics_config(tree, tmp_path):
             assert get(one.rest_address, path)[0] == code
 
 
-def test_taken_ports(tree):
+def test_taken_ports_are_refused_before_a_model_is_loaded(tree, monkeypatch):
     with serving(tree, rest_api_port=-1) as one:
+        monkeypatch.setattr(server, "Models", lambda *_, **__: pytest.fail("models are loaded"))
         with pytest.raises(OSError, match=f"port {one.port} of 127.0.0.1 cannot be had"):
             serving(tree, port=one.port)
         rest_port = int(one.rest_address.rpartition(":")[2])

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -54,6 +55,8 @@ class Server:
         path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
         self._credentials = tls.server_credentials(_read(path, protocol.SSLConfig), path) if path else None
         self._context = tls.server_context(_read(rest_path, protocol.SSLConfig), rest_path) if rest_path else None
+        for port in (flags.port, flags.rest_api_port):
+            _check_free(flags.host.strip("[]"), port)  # now, not when all models are loaded
         sys.setswitchinterval(SWITCH_SECONDS)
         self._stopped, self.core = False, None
         with _starting():
@@ -260,6 +263,19 @@ class Server:
             before, core.recorder = core.recorder, recorder
             if before:
                 before.close()
+
+
+def _check_free(host: str, port: int) -> None:
+    """OSError where something listens at a port above 0; nothing is opened."""
+    if port > 0:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended just now is no matter
+                probe.bind(address)
+        except OSError as error:
+            text = f"port {port} of {host} cannot be had: {error.strerror or error}; choose another"
+            raise OSError(text) from error
 
 
 @contextlib.contextmanager
