@@ -81,12 +81,14 @@ def begun(tmp_path, *flags, until):
     return process
 
 
-def weights(tmp_path, version):
-    path = tmp_path / "saved_models" / "vision.classify" / str(version) / "assets.extra" / "model.keras"
-    return keras.saving.load_model(path).get_weights()
+def learned(tmp_path, version):
+    """What a version reaches on the test, and its weights."""
+    extra = tmp_path / "saved_models" / "vision.classify" / str(version) / "assets.extra"
+    report = json.loads((extra / "metrics.json").read_text())
+    return report["test"], keras.saving.load_model(extra / "model.keras").get_weights()
 
 
-def test_sigkill_and_sigterm_as_a_user_meets_them(forked, tmp_path):
+def test_same_seed_same_run_to_the_bit_and_killed_or_ended_is_no_different(forked, tmp_path):
     forked("train", *LONG, "--name=whole")
     process = begun(tmp_path, until="checkpoint-0-at-*")
     process.kill()
@@ -98,7 +100,9 @@ def test_sigkill_and_sigterm_as_a_user_meets_them(forked, tmp_path):
     assert "by SIGTERM, saved; go on with --resume --name=broken" in said
     done = forked("train", *LONG, "--name=broken", "--resume")
     assert "steps of the next are done" in done.stdout
-    for want, have in zip(weights(tmp_path, 1), weights(tmp_path, 2), strict=True):
+    (metrics, weights), (metrics_again, weights_again) = learned(tmp_path, 1), learned(tmp_path, 2)
+    assert metrics == metrics_again
+    for want, have in zip(weights, weights_again, strict=True):
         np.testing.assert_array_equal(want, have)
 
 

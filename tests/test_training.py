@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import signal
 import time
 
-import forks
 import keras
 import numpy as np
 import pytest
@@ -297,31 +295,3 @@ def test_unwritable_folder_is_told_before_any_work(tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=r"cannot write to .*runs.*; make room or name another folder"):
         begin(tmp_path, name="x")
-
-
-# As a user meets it: the command, in processes of its own.
-
-FLAGS = ("vision.classify", "--size=8", "--width=8", "--batch=64", "--epochs=4", "--deterministic")
-
-
-def metrics_of(tmp_path, version):
-    extra = tmp_path / "saved_models" / "vision.classify" / str(version) / "assets.extra"
-    report = json.loads((extra / "metrics.json").read_text())
-    return report["test"], keras.saving.load_model(extra / "model.keras").get_weights()
-
-
-def test_same_seed_same_run_to_the_bit_and_killed_is_no_different(forked, tmp_path):
-    forked("train", *FLAGS, "--name=whole")
-    log = tmp_path / "log"
-    process = forks.start(forks.cornucopia, "train", *FLAGS, "--name=killed", folder=tmp_path, out=log)
-    while "  2/4 " not in log.read_text():
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.01)
-    process.kill()
-    assert forks.ended(process) == -signal.SIGKILL
-    done = forked("train", *FLAGS, "--name=killed", "--resume")
-    assert "of 4 epochs are done" in done.stdout
-    (metrics, weights), (metrics_again, weights_again) = metrics_of(tmp_path, 1), metrics_of(tmp_path, 2)
-    assert metrics == metrics_again
-    for want, have in zip(weights, weights_again, strict=True):
-        np.testing.assert_array_equal(want, have)

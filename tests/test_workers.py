@@ -13,6 +13,7 @@ import forks
 import numpy as np
 import one_worker
 import pytest
+from scipy.io import wavfile
 
 from shared.launch import free_ports
 from shared.training import workers
@@ -44,7 +45,7 @@ def close(one, other, *, within):
     np.testing.assert_allclose(one["predicted"], other["predicted"], atol=10 * within)
 
 
-@pytest.mark.parametrize(("kind", "within"), [("plain", 1e-5), ("normalised", 1e-4), ("custom", 1e-5)])
+@pytest.mark.parametrize(("kind", "within"), [("normalised", 1e-4), ("custom", 1e-5)])  # plain: test_data_service.py
 def test_one_device_two_devices_two_workers_learn_alike(tmp_path, kind, within):
     (one,) = together(tmp_path / "one", kind, count=1, strategy="one")
     (mirrored,) = together(tmp_path / "mirrored", kind, count=1, strategy="mirrored")
@@ -228,16 +229,28 @@ def children_with(pid, kind, *, index):
 
 
 SMALLEST = {  # vision.classify stands above
-    "speech.spot": ("--width=8", "--sample-rate=4000", "--seconds=0.5", "--bins=16", "--masks=0"),
-    "nlp.classify": ("--networks=1", "--width=8", "--filters=8"),
+    "speech.spot": ("--data=words", "--width=8", "--batch=16", "--sample-rate=4000", "--seconds=0.5", "--bins=16",
+                    "--masks=0"),
+    "nlp.classify": ("--data=texts.csv", "--networks=1", "--width=8", "--filters=8", "--batch=16"),
     "recommendation.retrieve": ("--batch=64", "--length=20", "--width=16", "--layers=1"),
     "rl.ppo": ("--steps=512", "--width=8", "--batch=256", "--environments=4", "--passes=2", "--no-xla"),
-    "generative.write": ("--batch=64", "--context=32", "--layers=1", "--heads=2", "--width=16"),
-}
+    "generative.write": ("--data=lines.txt", "--batch=8", "--context=16", "--layers=1", "--heads=2", "--width=16"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", SMALLEST)
 def test_first_task_of_each_app_learns_in_two_processes(tmp_path, task):
+    draw = np.random.default_rng(1)
+    for number in range(60):
+        word = tmp_path / "words" / ("low", "high")[number % 2] / f"{number}.wav"
+        word.parent.mkdir(parents=True, exist_ok=True)
+        tone = np.sin(np.arange(2_000) * (0.2 + 0.6 * (number % 2))) + 0.1 * draw.normal(size=2_000)
+        wavfile.write(word, 4_000, np.int16(9_000 * tone))
+    kinds = {"food": ["bread", "soup", "cheese"], "money": ["bank", "card", "cash"]}
+    rows = [f"{draw.choice(kinds[kind])} {draw.choice(kinds[kind])} {number},{kind}" for kind in kinds
+            for number in range(40)]  # fmt: skip
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "lines.txt").write_text("To be, or not to be, that is the question.\n" * 60)
     words = ("train", task, *SMALLEST[task], "--epochs=1", "--name=whole", "--strategy=multiworker")
     logs = tmp_path / "runs" / "whole"
     logs.mkdir(parents=True)

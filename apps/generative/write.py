@@ -156,7 +156,7 @@ def _read(config: Config) -> tuple[str, dict[str, str]]:
         about = {"data": "python-reference", "protocol": "the last tenth", "licence": "PSF License Agreement",
                  "source": "the Python language reference that ships with Python (pydoc_data.topics), its beginning",
                  "limits": limits}  # fmt: skip
-        return "\n\n".join(topics[name] for name in sorted(topics))[:200_000], about
+        return "\n\n".join(topics[name] for name in sorted(topics))[:220_000], about
     if config.data in NAMED:
         text, _ = corpus.read(named.find(config.data)["input.txt"], on_error="fail")
         protocol = "validation (nanoGPT's): the last tenth"
