@@ -676,6 +676,8 @@ def test_taken_ports_are_refused_before_a_model_is_loaded(tree, monkeypatch):
         rest_port = int(one.rest_address.rpartition(":")[2])
         with pytest.raises(OSError, match=f"port {rest_port} of 127.0.0.1 cannot be had"):
             serving(tree, rest_api_port=rest_port)
+        with pytest.raises(OSError, match=r"port 65536 of 127\.0\.0\.1 cannot be had: the last one is 65535"):
+            serving(tree, port=65536)
 
 
 def test_the_document_of_the_api(tmp_path):

@@ -266,7 +266,9 @@ class Server:
 
 
 def _check_free(host: str, port: int) -> None:
-    """OSError where something listens at a port above 0; nothing is opened."""
+    """OSError where something listens at a port above 0, or there is no such port; nothing is opened."""
+    if port > 65535:  # the system would take what is left of its upper bits
+        raise OSError(f"port {port} of {host} cannot be had: the last one is 65535; choose another")
     if port > 0:
         try:
             family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
