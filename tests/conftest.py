@@ -185,6 +185,51 @@ def pictures(tmp_path):
     return make
 
 
+def word(name, random, rate=8_000):
+    """A rising or a falling chirp, as a word."""
+    import scipy.signal
+
+    time = np.arange(round(rate * random.uniform(0.3, 0.6))) / rate
+    low, high = random.uniform(300, 600), random.uniform(1_500, 2_500)
+    first, last = (low, high) if name == "up" else (high, low)
+    sound = scipy.signal.chirp(time, first, time[-1], last) * random.uniform(0.1, 0.9)
+    return np.clip(sound + 0.01 * random.normal(size=len(time)), -1, 1)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Write a folder of recordings, one sub-folder a word, that a network can tell apart; return its path."""
+    from shared.data import sounds
+
+    random = np.random.default_rng(1)
+    for name in ("up", "down"):
+        (tmp_path / "words" / name).mkdir(parents=True)
+        for number in range(40):
+            content = sounds.encode(word(name, random), 8_000)
+            (tmp_path / "words" / name / f"{number}.wav").write_bytes(content)
+    return tmp_path / "words"
+
+
+WORDS = {"money": ["card", "bank", "payment", "transfer"], "food": ["soup", "bread", "apple", "dinner"]}
+
+
+def tabled(folder):
+    """Write a table of sentences about money and food; return its path."""
+    random = np.random.default_rng(1)
+    lines = ["text,label"]
+    for number in range(60):
+        label = ("money", "food")[number % 2]
+        lines.append(f"the {random.choice(WORDS[label])} and my {random.choice(WORDS[label])} number {number},{label}")
+    path = folder / "table.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    return tabled(tmp_path)
+
+
 # The contract's tests ask one server a module; with TF_SERVING_ADDRESS and TF_SERVING_REST one that is there already.
 
 

@@ -15,29 +15,12 @@ import safetensors.numpy
 import scipy.sparse
 import scipy.special
 import tensorflow as tf
+from conftest import WORDS, tabled
 from keras import ops
 
 from apps.nlp import classify
 
 SMALL = ("--networks=1", "--width=8", "--filters=8", "--batch=16", "--epochs=2", "--rare=1")
-WORDS = {"money": ["card", "bank", "payment", "transfer"], "food": ["soup", "bread", "apple", "dinner"]}
-
-
-def tabled(folder):
-    """Write a table of sentences about money and food; return its path."""
-    random = np.random.default_rng(1)
-    lines = ["text,label"]
-    for number in range(60):
-        label = ("money", "food")[number % 2]
-        lines.append(f"the {random.choice(WORDS[label])} and my {random.choice(WORDS[label])} number {number},{label}")
-    path = folder / "table.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-@pytest.fixture
-def table(tmp_path):
-    return tabled(tmp_path)
 
 
 @pytest.fixture(scope="module")

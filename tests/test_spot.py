@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-import scipy.signal
 import tensorflow as tf
+from conftest import word
 from scipy.io import wavfile
 
 from apps.speech import spot
@@ -19,26 +19,6 @@ from shared.data import named, sounds
 from shared.serving.client import Client, ServerError
 
 QUIET = spot.Config(shift=0.0, speed=0.0, pitch=0.0, tilt=0.0, noise=0.0, masks=0)
-
-
-def word(name, random, rate=8_000):
-    """A rising or a falling chirp."""
-    time = np.arange(round(rate * random.uniform(0.3, 0.6))) / rate
-    low, high = random.uniform(300, 600), random.uniform(1_500, 2_500)
-    first, last = (low, high) if name == "up" else (high, low)
-    sound = scipy.signal.chirp(time, first, time[-1], last) * random.uniform(0.1, 0.9)
-    return np.clip(sound + 0.01 * random.normal(size=len(time)), -1, 1)
-
-
-@pytest.fixture
-def words(tmp_path):
-    random = np.random.default_rng(1)
-    for name in ("up", "down"):
-        (tmp_path / "words" / name).mkdir(parents=True)
-        for number in range(40):
-            content = sounds.encode(word(name, random), 8_000)
-            (tmp_path / "words" / name / f"{number}.wav").write_bytes(content)
-    return tmp_path / "words"
 
 
 def packed(samples, rate=8_000, form="<i2"):

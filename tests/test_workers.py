@@ -13,7 +13,6 @@ import forks
 import numpy as np
 import one_worker
 import pytest
-from scipy.io import wavfile
 
 from shared.launch import free_ports
 from shared.training import workers
@@ -231,25 +230,16 @@ def children_with(pid, kind, *, index):
 SMALLEST = {  # vision.classify stands above
     "speech.spot": ("--data=words", "--width=8", "--batch=16", "--sample-rate=4000", "--seconds=0.5", "--bins=16",
                     "--masks=0"),
-    "nlp.classify": ("--data=texts.csv", "--networks=1", "--width=8", "--filters=8", "--batch=16"),
+    "nlp.classify": ("--data=table.csv", "--networks=1", "--width=8", "--filters=8", "--batch=16"),
     "recommendation.retrieve": ("--batch=64", "--length=20", "--width=16", "--layers=1"),
     "rl.ppo": ("--steps=512", "--width=8", "--batch=256", "--environments=4", "--passes=2", "--no-xla"),
     "generative.write": ("--data=lines.txt", "--batch=8", "--context=16", "--layers=1", "--heads=2", "--width=16"),
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("words", "table")
 @pytest.mark.parametrize("task", SMALLEST)
 def test_first_task_of_each_app_learns_in_two_processes(tmp_path, task):
-    draw = np.random.default_rng(1)
-    for number in range(60):
-        word = tmp_path / "words" / ("low", "high")[number % 2] / f"{number}.wav"
-        word.parent.mkdir(parents=True, exist_ok=True)
-        tone = np.sin(np.arange(2_000) * (0.2 + 0.6 * (number % 2))) + 0.1 * draw.normal(size=2_000)
-        wavfile.write(word, 4_000, np.int16(9_000 * tone))
-    kinds = {"food": ["bread", "soup", "cheese"], "money": ["bank", "card", "cash"]}
-    rows = [f"{draw.choice(kinds[kind])} {draw.choice(kinds[kind])} {number},{kind}" for kind in kinds
-            for number in range(40)]  # fmt: skip
-    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]))
     (tmp_path / "lines.txt").write_text("To be, or not to be, that is the question.\n" * 60)
     words = ("train", task, *SMALLEST[task], "--epochs=1", "--name=whole", "--strategy=multiworker")
     logs = tmp_path / "runs" / "whole"
