@@ -45,6 +45,7 @@ MORE = (
     Trial("rl.ppo", "", {"return": 475.0}, ("--seeds=5",), "seeds"),
     Trial("nlp.classify", "mr", {"accuracy": 0.79}, ("--folds=10",), "folds"),
     Trial("nlp.classify", "sst2", {"accuracy": 0.88}, ("--epochs=3",), "minilm", MINILM),
+    Trial("nlp.classify", "trec", {"accuracy": 0.93}, ("--epochs=5",), "minilm", MINILM),
     Trial("nlp.classify", "banking77", {"accuracy": 0.93}, ("--epochs=5",), "minilm", MINILM),
     Trial("nlp.classify", "banking77", {"accuracy": 0.80}, ("--examples=10",), "minilm-10", MINILM),
     Trial(

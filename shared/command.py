@@ -182,7 +182,8 @@ def main() -> None:
             raise
         _refuse(f"{error}" if str(error) else repr(error))
     except KeyboardInterrupt:
-        _refuse("interrupted; a training run goes on with --resume", code=130)
+        more = "; a training run goes on with --resume" if command in ("train", "launch", "tune") else ""
+        _refuse(f"interrupted{more}", code=130)
 
 
 def _refuse(message: str, *, code: int = 2) -> None:

@@ -122,13 +122,33 @@ def serving(tmp_path, tmp_path_factory):
             return re.search(r"gRPC on (\S+);", out.read_text())
 
         try:
-            yield until(address, 60)[1]
+            yield until(address, 240)[1]
         finally:
             process.terminate()
             code = forks.ended(process)
         assert code == 0, out.read_text()
 
     return serve
+
+
+@contextlib.contextmanager
+def started(cwd, *flags):
+    """A server as a user starts it; the block ends when it does, or with what goes wrong in it."""
+    command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=-1", *flags]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def ready_line(process):
+    """What a started server writes when it answers."""
+    for line in process.stdout:
+        if "Ctrl-C ends" in line:
+            return line
+    raise AssertionError(f"it ended: {process.stderr.read()}")
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,22 @@ def cornucopia(*words: str) -> None:
     command.main()
 
 
+def signalled(number: int, run: str, epoch: int, step: int, *words: str) -> None:
+    """The command, which sends itself a signal in training: in the run of that name, after so many epochs and steps."""
+    from shared.training import fitting
+
+    after, sent = fitting._Keeper.on_train_batch_end, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        after(self, batch, logs)
+        if not sent and self.config.name == run and (self.epoch, self._before + batch + 1) >= (epoch, step):
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    fitting._Keeper.on_train_batch_end = on_train_batch_end
+    cornucopia(*words)
+
+
 def _within(function, words, folder, out, err, env):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

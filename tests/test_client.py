@@ -141,10 +141,10 @@ def test_large_batches_go_in_parts_at_once_and_come_back_in_order(over):
     with over() as (address, server), Client(address) as one:
         one.inputs("adder")
         server.calls.clear()
-        server.wait = 0.1
+        server.wait = 0.3
         begun = time.monotonic()
         found = one.predict("adder", {"a": numbers, "b": np.float32(0.5)}, batch=64)
-        assert time.monotonic() - begun < 16 * 0.1  # one after the other they would wait longer
+        assert time.monotonic() - begun < 16 * 0.3  # one after the other they would wait longer
         assert len(server.calls) == 16
         assert 1 < server.most_at_once <= 8
         np.testing.assert_array_equal(found["sum"], numbers + 0.5)
@@ -203,12 +203,12 @@ def test_deadlines(over):
     sent = {"a": np.ones(1, np.float32), "b": np.float32(1)}
     with over() as (address, server), Client(address) as one:
         one.inputs("adder")
-        server.wait = 1.0
+        server.wait = 5.0
         begun = time.monotonic()
         with pytest.raises(ServerError) as error:
             one.predict("adder", sent, timeout=0.1)
         assert error.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - begun < 0.95
+        assert time.monotonic() - begun < 4.5
 
 
 @BOTH
@@ -304,9 +304,9 @@ def test_neither_tensorflow_nor_long_to_load():
     code = (
         "import sys, time\n"
         "sys.path.insert(0, 'tests')\n"
-        "begun = time.perf_counter()\n"
+        "begun = time.process_time()\n"
         "from shared.serving import client\n"
-        "took = time.perf_counter() - begun\n"
+        "took = time.process_time() - begun\n"
         "assert 'httpx2' not in sys.modules\n"
         "from shared.serving import ask, load\n"
         "import stand_in\n"

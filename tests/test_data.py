@@ -251,8 +251,10 @@ def test_audit_counts(capsys):
     assert facts["constant"] == 1
     assert facts["unreadable"] == 1
     printed = capsys.readouterr().out
-    assert "train 4  test 2  in 2 classes" in printed
+    assert "train 4  test 2  in 2 classes; in train 2 each" in printed
     assert "left out x.png: broken" in printed
+    audit({"train": (items[:3], np.array([0, 1, 0])), "test": splits["test"]}, ["no", "yes"])
+    assert "in train 1 (yes) to 2 (no) each" in capsys.readouterr().out
 
 
 def test_audit_refuses():

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import forks
 import keras
@@ -68,17 +67,13 @@ def test_killed_within_an_epoch_equals_uninterrupted(tmp_path, monkeypatch, step
         np.testing.assert_allclose(history(again)[metric], curve, rtol=1e-6, err_msg=metric)
 
 
-def begun(tmp_path, *flags, until):
-    """A process that trains, as soon as the run has such a file."""
+def signalled(tmp_path, number, *flags, epoch):
+    """Train until a signal after seven steps of an epoch; the exit code, and what was said."""
+    words = ("train", *LONG, "--name=broken", *flags)
     process = forks.start(
-        forks.cornucopia, "train", *LONG, "--name=broken", *flags, folder=tmp_path, out=tmp_path / "log"
+        forks.signalled, number, "broken", epoch, 7, *words, folder=tmp_path, out=tmp_path / f"log-{epoch}"
     )
-    end = time.monotonic() + 120
-    while not list((tmp_path / "runs" / "broken").glob(until)):
-        assert time.monotonic() < end
-        assert process.is_alive(), (tmp_path / "log").read_text()
-        time.sleep(0.005)
-    return process
+    return forks.ended(process), (tmp_path / f"log-{epoch}").read_text()
 
 
 def learned(tmp_path, version):
@@ -90,13 +85,11 @@ def learned(tmp_path, version):
 
 def test_same_seed_same_run_to_the_bit_and_killed_or_ended_is_no_different(forked, tmp_path):
     forked("train", *LONG, "--name=whole")
-    process = begun(tmp_path, until="checkpoint-0-at-*")
-    process.kill()
-    assert forks.ended(process) == -signal.SIGKILL
-    process = begun(tmp_path, "--resume", until="checkpoint-1-at-*")
-    process.terminate()
-    code, said = forks.ended(process), (tmp_path / "log").read_text()
+    code, said = signalled(tmp_path, signal.SIGKILL, epoch=0)
+    assert code == -signal.SIGKILL, said
+    code, said = signalled(tmp_path, signal.SIGTERM, "--resume", epoch=1)
     assert code == 0, said
+    assert "0 of 3 epochs and 5 steps of the next are done" in said
     assert "by SIGTERM, saved; go on with --resume --name=broken" in said
     done = forked("train", *LONG, "--name=broken", "--resume")
     assert "steps of the next are done" in done.stdout

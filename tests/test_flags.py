@@ -8,20 +8,17 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import serving_models
 import tensorflow as tf
-from conftest import until
+from conftest import ready_line, started, until
 
 from shared.serving import flags, grpc_transport, inference, load, profiling, protocol, rest, server, tensors
 from shared.serving.client import Client, ServerError
@@ -106,12 +103,8 @@ def test_unknown_flag_is_answered_without_tensorflow(cornucopia):
 
 def test_flag_file_and_its_reload(tree, tmp_path):
     (tmp_path / "flags").write_text(f"# a comment\n--models={tree}\n--port=-1\n--rest_api_port=-1\n")
-    command = [Path(sys.executable).with_name("cornucopia"), "serve", "--flagfile=flags", "--log_format=json"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        seen = ""
-        while "REST on" not in seen:
-            seen += process.stdout.readline()
-        address = re.search(r"REST on http://(\S+);", seen)[1]
+    with started(tmp_path, "--flagfile=flags", "--log_format=json") as process:
+        address = re.search(r"REST on http://(\S+);", ready_line(process))[1]
         assert get(address, "/v1/models/affine")[0] == 200
         (tmp_path / "token").write_text("secret\n")
         with (tmp_path / "flags").open("a") as file:
@@ -183,12 +176,17 @@ def test_limits(tree):
 
 def test_what_a_call_waits_for_a_thread_is_told(tree, monkeypatch, capsys):
     """One thread, eight callers, 20 ms a run: each waits for the seven before it."""
+    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 60.0)  # so that no other thread comes to help
+    runs = []
     with serving(tree, grpc_max_threads=1, rest_api_port=-1) as one:
         run = one.core.models.served()["affine"][1].answer
 
         def slow(*arguments):
+            begun = time.perf_counter()
             time.sleep(0.02)
-            return run(*arguments)
+            found = run(*arguments)
+            runs.append(1000 * (time.perf_counter() - begun))
+            return found
 
         monkeypatch.setattr(one.core.models.served()["affine"][1], "answer", slow)
         assert load.load("affine", {}, address=one.address, concurrency=8, seconds=2)
@@ -207,7 +205,7 @@ def test_what_a_call_waits_for_a_thread_is_told(tree, monkeypatch, capsys):
         mean[name] = total / count / 1000  # milliseconds
     queue, latency = mean.values()
     assert 100 < queue < latency
-    assert latency - queue == pytest.approx(20, abs=10)
+    assert latency - queue == pytest.approx(np.mean(runs), rel=0.5)
 
 
 def test_a_server_that_refuses_requests_is_watched_all_the_same(slow, tmp_path):
@@ -536,9 +534,11 @@ def until_told(server, *lines):
 
 
 def test_rest_timeout(slow, tmp_path):
-    with serving(slow, rest_api_port=-1, rest_api_timeout_in_ms=200) as one:
-        assert posted(one, tmp_path / "go") == (504, "the answer took longer than 0.2 seconds")
-        (tmp_path / "go").touch()
+    with serving(slow, rest_api_port=-1, rest_api_timeout_in_ms=1000) as one:
+        try:
+            assert posted(one, tmp_path / "go") == (504, "the answer took longer than 1 seconds")
+        finally:
+            (tmp_path / "go").touch()
 
 
 def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path, monkeypatch):
@@ -546,19 +546,21 @@ def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path, monkeypa
     (tmp_path / "batching").write_text("num_batch_threads { value: 1 }")
     changes = {"enable_batching": True, "batching_parameters_file": str(tmp_path / "batching"), "rest_api_port": -1}
     file, ran_one = tmp_path / "go", ":tensorflow:serving:batching_session:wrapped_run_count{} 1"
-    with serving(slow, rest_api_timeout_in_ms=200, **changes) as one, Client(one.address, retries=0) as client:
+    with serving(slow, rest_api_timeout_in_ms=1000, **changes) as one, Client(one.address, retries=0) as client:
         long = threading.Thread(target=client.predict, args=("slow", {"x": [str(file)]}))
         long.start()
-        until_told(one, ran_one)  # it has the only thread
-        overdue = "Run() timeout exceeded while waiting in batching queue"
-        assert posted(one, file) == (429, overdue)
-        with pytest.raises(ServerError) as error:
-            client.predict("slow", {"x": [str(file)]}, timeout=0.5)
-        # Client and server both look at the clock, and either may be the first to say it.
-        assert error.value.code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-        until_told(one, ':tensorflow:serving:request_count{model_name="slow",status="RESOURCE_EXHAUSTED"} 2')
-        file.touch()
-        long.join()
+        try:
+            until_told(one, ran_one)  # it has the only thread
+            overdue = "Run() timeout exceeded while waiting in batching queue"
+            assert posted(one, file) == (429, overdue)
+            with pytest.raises(ServerError) as error:
+                client.predict("slow", {"x": [str(file)]}, timeout=2)
+            # Client and server both look at the clock, and either may be the first to say it.
+            assert error.value.code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            until_told(one, ':tensorflow:serving:request_count{model_name="slow",status="RESOURCE_EXHAUSTED"} 2')
+        finally:
+            file.touch()
+            long.join()
         until_told(one, ran_one)  # what nobody awaits never ran
 
 

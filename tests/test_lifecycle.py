@@ -12,8 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -24,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import serving_models
-from conftest import until
+from conftest import ready_line, started, until
 from google.protobuf import text_format
 from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
 
@@ -105,8 +103,9 @@ def test_bad_versions_displace_nothing(base, versions, caplog):
             until(lambda: states(client).get(2) == "END")
             shutil.copytree(versions / "2", base / "3", ignore=shutil.ignore_patterns("variables*"))  # half copied
             until(lambda: states(client).get(3) == "END")
-            (base / "4").mkdir()
-            (base / "4" / "saved_model.pb").write_bytes(b"nonsense")
+            (base / ".4").mkdir()  # a name that is none of a version, so that it comes whole
+            (base / ".4" / "saved_model.pb").write_bytes(b"nonsense")
+            (base / ".4").rename(base / "4")
             until(lambda: states(client).get(4) == "END")
         assert answer(client) == 1
         assert "parse" in client.status("affine")[4][1]
@@ -128,11 +127,13 @@ def test_so_many_versions_are_loaded_at_a_time(base, versions, monkeypatch, thre
     for name in ("second", "third"):
         publish(versions, base.parent / name, 1)
     load, lock, state = Server._load, threading.Lock(), {"now": 0, "most": 0}
+    together = threading.Barrier(most)  # of so many that must be loaded at a time, each waits for the others
 
     def watched(*arguments):
         with lock:
             state["now"] += 1
             state["most"] = max(state["most"], state["now"])
+        together.wait(20)
         time.sleep(0.2)
         try:
             return load(*arguments)
@@ -497,11 +498,6 @@ def test_start_fails_with_what_is_wrong(base, tmp_path):
         Server(Flags(model_config_file=str(tmp_path / "config"), **FAST))
 
 
-def started(cwd, *flags):
-    command = [Path(sys.executable).with_name("cornucopia"), "serve", "--port=-1", *flags]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def told(process, text):
     """Return when a started server has written that to its log."""
     while text not in process.stderr.readline():
@@ -519,10 +515,7 @@ def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_pa
         assert process.poll() is None
         publish(versions, waiting, 1)
         os.set_blocking(process.stdout.fileno(), True)
-        seen = ""
-        while "gRPC on" not in seen:
-            seen += process.stdout.readline()
-        address = seen.split("gRPC on ")[1].split(";")[0]
+        address = re.search(r"gRPC on (\S+);", ready_line(process))[1]
         with Client(address, retries=0) as client:
             failed, answered, stop = [], [], threading.Event()
 
@@ -663,7 +656,7 @@ def test_a_stopped_server_closes_idle_connections_and_answers_what_has_begun_to_
 
 
 def test_a_stopped_server_answers_every_request_that_it_began(base, monkeypatch):
-    begun, answered, ends = [], [], []
+    begun, came, answered, ends = [], [], [], []
     with Server(Flags(models=str(base.parent), rest_api_port=-1, **FAST)) as server:
         answers = server._rest._answer
 
@@ -677,6 +670,7 @@ def test_a_stopped_server_answers_every_request_that_it_began(base, monkeypatch)
         def ask():
             with contextlib.closing(http.client.HTTPConnection(server.rest_address, timeout=20)) as connection:
                 connection.connect()
+                came.append(1)
                 connection.auto_open = False  # one connection, and no other after its end
                 try:
                     while True:
@@ -689,7 +683,7 @@ def test_a_stopped_server_answers_every_request_that_it_began(base, monkeypatch)
         asking = [threading.Thread(target=ask) for _ in range(8)]
         for thread in asking:
             thread.start()
-        until(lambda: len(answered) > 50)
+        until(lambda: len(answered) > 50 and len(came) == 8)
         begins = time.monotonic()
         server.stop(8)
         assert time.monotonic() - begins < 4
@@ -719,7 +713,7 @@ def test_sigterm_while_it_loads_ends_it(tmp_path):
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
 
     with started(tmp_path, f"--model_base_path={pipe.parents[1]}") as process:
-        end = until(read, seconds=60)
+        end = until(read, seconds=240)  # it imports TensorFlow before
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(10)
@@ -741,10 +735,7 @@ def test_a_reload_is_not_awaited(base, versions, tmp_path):
     configure(("affine", base))
     with started(tmp_path, f"--model_config_file={tmp_path / 'config'}", "--file_system_poll_wait_seconds=0.1",
                  "--rest_api_port=-1") as process:  # fmt: skip
-        seen = ""
-        while "REST on" not in seen:
-            seen += process.stdout.readline()
-        address, rest = re.search(r"gRPC on (\S+); REST on (http://\S+);", seen).groups()
+        address, rest = re.search(r"gRPC on (\S+); REST on (http://\S+);", ready_line(process)).groups()
 
         def ready():
             try:
@@ -850,7 +841,7 @@ def test_a_refused_request_does_not_keep_its_version(base, versions, batching):
                 with Client(address, retries=0) as other, pytest.raises(ServerError):
                     other.predict("affine", {"z": X})
             publish(versions, base, 2)
-            until(lambda: states(client) == {2: "AVAILABLE", 1: "END"}, seconds=5)
+            until(lambda: states(client) == {2: "AVAILABLE", 1: "END"})
         finally:
             gc.enable()
 

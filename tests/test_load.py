@@ -1,5 +1,6 @@
 """The load tool: what it counts, what it sends, and what it says."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -39,35 +40,38 @@ def test_a_closed_loop_keeps_so_many_on_their_way():
         with lock:
             state["now"] += 1
             state["most"] = max(state["most"], state["now"])
-        time.sleep(0.01)
+        time.sleep(0.05)
         with lock:
             state["now"] -= 1
+            state["ended"] = time.perf_counter()
         return {"run": 6.0, "batch": 4.0} if trace else None
 
+    begun = time.perf_counter()
     found = load.run(call, concurrency=4, seconds=1)
     assert state["most"] == 4
-    assert 200 < found.throughput <= 400  # four callers, 10 ms each
-    assert 10 <= found.percentile(50) <= found.percentile(95) <= found.percentile(99)
-    assert 0.9 <= found.seconds < 1.2  # of which the first tenth is not counted
+    assert 40 < found.throughput <= 80  # four callers, 50 ms each
+    assert 50 <= found.percentile(50) <= found.percentile(95) <= found.percentile(99)
+    assert 0.9 <= found.seconds < state["ended"] - begun  # of which the first tenth is not counted
     assert found.stages == {"run": 6.0, "batch": 4.0}
     assert found.waited == pytest.approx(0, abs=0.5)
-    assert 0 <= found.client < 10
+    assert 0 <= found.client < 50
 
 
 def test_a_rate_is_kept_and_a_stall_is_charged_to_all_who_waited():
-    begun = time.perf_counter()
-    stalls = threading.Lock()
+    stalls, numbers, stood = threading.Lock(), itertools.count(1), []
 
     def call(trace):
         with stalls:  # one after the other, as one worker would
-            if 0.4 < time.perf_counter() - begun < 0.5:
+            if next(numbers) == 120:
+                begun = time.perf_counter()
                 time.sleep(0.3)
+                stood.append(1000 * (time.perf_counter() - begun))
 
-    found = load.run(call, seconds=1, rate=100)
-    assert len(found.latencies) == pytest.approx(90, abs=3)  # those of the first tenth are not counted
+    found = load.run(call, seconds=3, rate=100)
+    assert len(found.latencies) == pytest.approx(270, abs=3)  # those of the first tenth are not counted
     assert 60 < found.throughput < 110
-    assert 250 < found.latencies.max() < 700
-    # A caller who waits for the answer would have met the stall once; a third of the schedule meets it.
+    assert 250 < found.latencies.max() < stood[0] + 400
+    # A caller who waits for the answer would have met the stall once; a tenth of the schedule meets it.
     assert (found.latencies > 50).sum() > 15
     assert found.percentile(50) < 50
 
@@ -77,9 +81,9 @@ def test_failures_are_counted_by_code_and_do_not_count_as_answers():
         time.sleep(0.005)
         raise ServerError(grpc.StatusCode.UNAVAILABLE, "down")
 
-    found = load.run(call, concurrency=1, seconds=0.2)
+    found = load.run(call, concurrency=1, seconds=1)
     assert set(found.errors) == {"UNAVAILABLE"}
-    assert 5 < found.errors["UNAVAILABLE"] <= 40
+    assert 5 < found.errors["UNAVAILABLE"] <= 200
     assert len(found.latencies) == found.throughput == 0
     said = load.describe(found)
     assert f"{found.errors['UNAVAILABLE']} UNAVAILABLE" in said
@@ -267,11 +271,12 @@ def test_exit_codes_and_an_early_end():
             said = process.communicate(timeout=60)
         assert process.returncode == 1, said
         assert "1 INTERNAL" in said[0]
-        server.most_at_once, begun = 0, time.monotonic()
+        server.most_at_once, server.wait = 0, 0.01  # so that calls are answered side by side
         with start(*flags, "--seconds=30") as process:
             while server.most_at_once < 2:  # both callers call, so the load has begun
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.05)
+            begun = time.monotonic()
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)
         assert process.returncode == 0, said

@@ -356,9 +356,9 @@ def test_reading_a_picture_costs_little_more_than_json():
     body = json.dumps({"instances": np.random.default_rng(0).random([1, 224, 224, 3]).tolist()}).encode()
 
     def seconds(call):
-        start = time.perf_counter()
+        start = time.thread_time()
         call()
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     plain = min(seconds(lambda: json.loads(body)) for _ in range(5))
     ours = min(seconds(lambda: read(body, x=FLOAT)) for _ in range(5))

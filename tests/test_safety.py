@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import serving_models
+from conftest import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
@@ -33,8 +34,15 @@ def running(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     serving_models.write(root)
     flags = Flags(model_config_file=str(root / "models.config"), port=-1, rest_api_port=-1,
-                  client_header_timeout_seconds=1.0, allow_version_labels_for_unavailable_models=True)  # fmt: skip
+                  allow_version_labels_for_unavailable_models=True)  # fmt: skip
     with Server(flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def impatient(tree):
+    """A server that gives a client a second for the head of its request."""
+    with Server(Flags(models=str(tree), port=-1, rest_api_port=-1, client_header_timeout_seconds=1.0)) as server:
         yield server
 
 
@@ -189,8 +197,8 @@ def hung_up_on_after(connection):
     return time.monotonic() - begun
 
 
-def test_slow_clients_are_hung_up_on(running):
-    with connected(running) as nothing, connected(running) as dripping, connected(running) as half:
+def test_slow_clients_are_hung_up_on(impatient):
+    with connected(impatient) as nothing, connected(impatient) as dripping, connected(impatient) as half:
         half.sendall(b"POST /v1/models/affine:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert 0.5 < hung_up_on_after(dripping) < 5
         with contextlib.suppress(ConnectionResetError):
@@ -198,12 +206,12 @@ def test_slow_clients_are_hung_up_on(running):
         assert b" 504 " in half.recv(65536)
 
 
-def test_slow_clients_are_hung_up_on_at_their_next_request_too_and_idle_ones_are_not(running):
+def test_slow_clients_are_hung_up_on_at_their_next_request_too_and_idle_ones_are_not(impatient):
     def asks(connection):
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         return connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
-    with connected(running) as dripping, connected(running) as idle:
+    with connected(impatient) as dripping, connected(impatient) as idle:
         assert asks(dripping)
         assert asks(idle)
         assert 0.5 < hung_up_on_after(dripping) < 5
@@ -367,7 +375,7 @@ def test_a_call_that_is_cancelled_while_it_waits_for_a_thread_is_not_run(running
     with grpc.insecure_channel(running.address) as channel:
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
         futures = [call.future(request("affine", X).SerializeToString()) for _ in range(60)]
-        time.sleep(0.2)
+        until(lambda: ran)
         for future in futures:
             future.cancel()
         time.sleep(0.3)

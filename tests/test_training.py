@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 
 import keras
@@ -236,10 +237,13 @@ def test_input_clock_measures_what_training_waits():
     for _ in slow.watch(tf.data.Dataset.range(10).map(produce)):
         pass
     passed = time.monotonic() - begun
+    first = 0.0
     for _ in fast.watch(tf.data.Dataset.range(10).map(produce).prefetch(2)):
+        first = first or fast.seconds
         time.sleep(0.1)  # training that takes longer than its input
     assert 0.5 <= slow.seconds <= passed  # however slow the machine, each wait once
-    assert 0.05 <= fast.seconds < slow.seconds / 2  # the first batch only
+    assert first >= 0.05
+    assert fast.seconds - first < slow.seconds / 4  # for the first batch only
 
 
 def test_input_clock_leaves_batches_alone():
@@ -274,6 +278,7 @@ def begin(tmp_path, **changes):
 
 def test_runs_get_names_of_their_own(tmp_path):
     first, second = begin(tmp_path), begin(tmp_path)
+    os.utime(first.folder / "config.json", (1, 1))  # an earlier one than its clock may tell apart
     assert first.name != second.name
     assert first.name.startswith("vision.classify-")
     assert begin(tmp_path, resume=True).name == second.name

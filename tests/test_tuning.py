@@ -3,9 +3,7 @@
 import dataclasses
 import importlib
 import json
-import os
 import signal
-import time
 from typing import Annotated, Literal
 
 import forks
@@ -145,11 +143,8 @@ def test_keras_tuner_is_missing(monkeypatch):
 def test_interrupted_search_goes_on_within_its_trial(forked, tmp_path):
     flags = (*TUNE, "--epochs=3", "--trials=2")
     log = tmp_path / "log"
-    first = forks.start(forks.cornucopia, *flags, folder=tmp_path, out=log)
-    while "  1/3 " not in log.read_text().partition("trial_1")[2]:
-        assert first.is_alive(), log.read_text()
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGINT)
+    where = (signal.SIGINT, "tune-a/trial_1", 1, 1)
+    first = forks.start(forks.signalled, *where, *flags, folder=tmp_path, out=log)
     code, said = forks.ended(first), log.read_text()
     assert code == 130, said
     assert "the search goes on with cornucopia tune vision.classify --resume --name=a" in said

@@ -45,9 +45,11 @@ def audit(
         facts[f"{split}_also_in_train"] = len(found & set(digests["train"]))
     facts["contradictions"] = sum(len(labels) > 1 for labels in labels_seen.values())
 
+    each = f"{train.min():,}"
+    if train.min() < train.max():
+        each += f" ({names[int(train.argmin())]}) to {train.max():,} ({names[int(train.argmax())]})"
     say("audit", "  ".join(f"{split} {len(labels):,}" for split, (_, labels) in splits.items())
-        + f"  in {len(names)} classes; in train {train.min():,} ({names[int(train.argmin())]}) "
-        f"to {train.max():,} ({names[int(train.argmax())]}) each")  # fmt: skip
+        + f"  in {len(names)} classes; in train {each} each")  # fmt: skip
     inside = "  ".join(f"{split} {facts[f'{split}_duplicates']:,}" for split in splits)
     across = "  ".join(f"{split} {facts[f'{split}_also_in_train']:,}" for split in others)
     say("", f"exact duplicates: {inside}; also in train: {across}; same input, other label: {facts['contradictions']}")

@@ -360,7 +360,7 @@ def serve(words: list[str]) -> int:
     log.setLevel(logging.INFO)
     for warning in warnings:
         log.warning(warning)
-    stop, ready = threading.Event(), False
+    stop, hang_up, ready = threading.Event(), threading.Event(), False
 
     def end(*_):
         stop.set()
@@ -369,6 +369,7 @@ def serve(words: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: hang_up.set())
     with Server(flags) as server:
         ready = True
         gc.collect()
@@ -380,8 +381,6 @@ def serve(words: list[str]) -> int:
         for name, versions in server.core.models.served().items():
             print(f"serving {name} version {', '.join(map(str, sorted(versions)))}")
         print(f"{'; '.join(told)}; Ctrl-C ends", flush=True)
-        hang_up = threading.Event()
-        signal.signal(signal.SIGHUP, lambda *_: hang_up.set())
         while not stop.wait(0.2):
             if hang_up.is_set():
                 hang_up.clear()
