@@ -51,7 +51,7 @@ MORE = (
     Trial(
         "generative.write",
         "tinyshakespeare",
-        {"sliding_loss": 1.47},
+        {"loss": 1.47, "sliding_loss": 1.47},
         (
             "--layers=4",
             "--heads=2",
