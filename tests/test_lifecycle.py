@@ -509,6 +509,7 @@ def test_ports_open_when_models_answer_and_sigterm_drains(base, versions, tmp_pa
     waiting.mkdir(parents=True)
     with started(tmp_path, f"--model_base_path={waiting}", "--file_system_poll_wait_seconds=0.1") as process:
         told(process, "waiting for a version of default below")
+        process.send_signal(signal.SIGHUP)  # heard when it answers
         os.set_blocking(process.stdout.fileno(), False)
         time.sleep(0.5)
         assert process.stdout.readline() == ""  # alive, and no port: nothing answers yet

@@ -54,7 +54,7 @@ def test_a_closed_loop_keeps_so_many_on_their_way():
     assert 0.9 <= found.seconds < state["ended"] - begun  # of which the first tenth is not counted
     assert found.stages == {"run": 6.0, "batch": 4.0}
     assert found.waited == pytest.approx(0, abs=0.5)
-    assert 0 <= found.client < 50
+    assert 0 <= found.client < 10
 
 
 def test_a_rate_is_kept_and_a_stall_is_charged_to_all_who_waited():
@@ -83,7 +83,7 @@ def test_failures_are_counted_by_code_and_do_not_count_as_answers():
 
     found = load.run(call, concurrency=1, seconds=1)
     assert set(found.errors) == {"UNAVAILABLE"}
-    assert 5 < found.errors["UNAVAILABLE"] <= 200
+    assert 25 < found.errors["UNAVAILABLE"] <= 200
     assert len(found.latencies) == found.throughput == 0
     said = load.describe(found)
     assert f"{found.errors['UNAVAILABLE']} UNAVAILABLE" in said

@@ -376,6 +376,7 @@ def test_a_call_that_is_cancelled_while_it_waits_for_a_thread_is_not_run(running
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
         futures = [call.future(request("affine", X).SerializeToString()) for _ in range(60)]
         until(lambda: ran)
+        time.sleep(0.2)  # for the others to come, and wait
         for future in futures:
             future.cancel()
         time.sleep(0.3)

@@ -47,7 +47,7 @@ class Config(run.Config):
 
 
 SMOKE = Config(steps=2_048, epochs=2, width=8, batch=256, environments=4, xla=False)
-EXPECT = {"": {"return": 475.0}, "Acrobot-v1": {"return": -85.0}, "LunarLander-v3": {"return": 240.0}}
+EXPECT = {"": {"return": 475.0}, "Acrobot-v1": {"return": -80.0}, "LunarLander-v3": {"return": 240.0}}
 
 # Environment -> steps to learn from, and what PPO is published to reach, by RL Baselines3 Zoo (benchmark.md).
 KNOWN = {
