@@ -292,8 +292,8 @@ def _train(words: list[str]) -> None:
 
 
 def _launch(words: list[str]) -> None:
-    task, words = _named([word for word in words if not word.startswith("-")][:1]
-                         + [word for word in words if word.startswith("-")], "launch")  # fmt: skip
+    at = next((place for place, word in enumerate(words) if word in tasks()), 0)  # flags may stand before it
+    task, words = _named([*words[at : at + 1], *words[:at], *words[at + 1 :]], "launch")
     flags, rest = tyro.cli(Launch, args=words, prog=f"cornucopia launch {task}", return_unknown_args=True)
     if flags.workers < 1:
         _refuse(f"--workers={flags.workers} trains nothing; give 1 or more")

@@ -4,12 +4,15 @@
 only in `publish`, after its served answers have been compared with the model in memory.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import inspect
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +34,7 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
     base.mkdir(parents=True, exist_ok=True)
     candidate = Path(tempfile.mkdtemp(prefix=".candidate-", dir=base))
     candidate.chmod(0o755)  # a server may run as another user
-    try:
+    with removed_on_failure(candidate):
         # An endpoint that answers more than one kind of request names them all: signature -> function.
         signatures = getattr(endpoint, "signatures", {"serving_default": endpoint.__call__})
         save(endpoint, candidate, signatures)
@@ -40,10 +43,17 @@ def write(endpoint: tf.Module, config: Config, task_name: str, request: Mapping[
         _write_warm_up(extra / "tf_serving_warmup_requests", task_name, request)
         settings = {"task": task_name, "config": dataclasses.asdict(config)}
         (extra / "config.json").write_text(json.dumps(settings, indent=1))
+    return candidate
+
+
+@contextlib.contextmanager
+def removed_on_failure(candidate: Path) -> Iterator[None]:
+    """What fails within this block leaves no candidate behind."""
+    try:
+        yield
     except BaseException:
         shutil.rmtree(candidate, ignore_errors=True)
         raise
-    return candidate
 
 
 def save(
@@ -88,7 +98,7 @@ def publish(
 ) -> Path:
     """Add archive, metrics and model card to a candidate, and make it the next version; return its folder."""
     extra = candidate / "assets.extra"
-    try:
+    with removed_on_failure(candidate):
         model.save(extra / "model.keras")
         (extra / "metrics.json").write_text(json.dumps(report, indent=1))
         (extra / "card.md").write_text(card(model, task, report, about))
@@ -103,9 +113,6 @@ def publish(
             else:
                 list_models(candidate.parent.parent)
                 return version
-    except BaseException:
-        shutil.rmtree(candidate, ignore_errors=True)
-        raise
 
 
 def list_models(folder: Path) -> None:
@@ -113,12 +120,18 @@ def list_models(folder: Path) -> None:
 
     Its base paths are absolute, as TensorFlow Serving wants them; a container mounts the folder at the same path.
     """
-    names = sorted(base.name for base in folder.iterdir() if base.is_dir() and versions(base))
-    lines = [f'  config {{ name: "{name}" base_path: "{(folder / name).absolute()}" model_platform: "tensorflow" }}'
-             for name in names]  # fmt: skip
-    part = folder / ".models.config"
-    part.write_text("\n".join(["model_config_list {", *lines, "}"]) + "\n")
-    part.rename(folder / "models.config")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that publish at once each lists what the one before added
+        names = sorted(base.name for base in folder.iterdir() if base.is_dir() and versions(base))
+        lines = [f'  config {{ name: "{name}" base_path: "{(folder / name).absolute()}" model_platform: "tensorflow" }}'
+                 for name in names]  # fmt: skip
+        part = folder / f".models.config-{os.getpid()}"
+        part.write_text("\n".join(["model_config_list {", *lines, "}"]) + "\n")
+        part.rename(folder / "models.config")
+    finally:
+        os.close(lock)
 
 
 def versions(base: Path) -> dict[int, Path]:

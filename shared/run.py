@@ -8,6 +8,7 @@ TensorFlow is imported inside `run`, so that `--help` and a mistyped flag are an
 """
 
 import dataclasses
+import hashlib
 import json
 import statistics
 import time
@@ -50,6 +51,8 @@ class Config:
 
     # Whole numbers that may be 0, as those may that are by default; all others are 1 or more.
     ZERO: ClassVar[tuple[str, ...]] = ("patience", "seed", "threads")
+    # Fields that say which part of the data is learned from; they mean nothing of other data that a version meets.
+    PART: ClassVar[tuple[str, ...]] = ()
 
     data: str = ""  # name of a public data set, or a path; empty: the set that comes with the suite
     epochs: int = 10  # passes over the training examples
@@ -65,8 +68,8 @@ class Config:
     data_service: str = ""  # grpc://HOST:PORT of a cornucopia data-service that makes the training batches; empty: here
     clip: float = 0.0  # longest gradient, of all weights together; longer ones are shortened to it; 0: any
     checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: a minute's worth
-    max_hours: float = 0.0  # of training; then the best epoch so far is the result; 0: any
-    max_cost: float = 0.0  # of training, in the currency of --price-per-hour; 0: any
+    max_hours: float = 0.0  # of training, of each fold's; then the best epoch so far is the result; 0: any
+    max_cost: float = 0.0  # of training, of each fold's, in the currency of --price-per-hour; 0: any
     price_per_hour: float = 0.0  # of this machine, or of all workers together
     watts: float = 150.0  # that the machine is assumed to draw, for the estimate of energy
     on_error: Literal["fail", "skip"] = "fail"  # what an unreadable example does to the run
@@ -96,6 +99,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     from shared.serving import checking
 
     config = training.begin(task_name, config)  # run folder, seed, precision
+    read = checksum(config)
     learned = _learn(task, config)
     folds = task.folds(config) if hasattr(task, "folds") else None
     if folds:
@@ -108,6 +112,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     report = {
         "task": task_name,
         "data": about["data"],
+        "checksum": read,
         "protocol": about["protocol"],
         "published": {key.removeprefix("published "): text for key, text in about.items() if "published" in key},
         "model": f"{model.name}, {model.count_params():,} parameters",
@@ -121,8 +126,10 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     }
     settled = dataclasses.replace(config, **splits.settled)
     candidate = export.write(endpoint, settled, task_name, splits.request)
-    report["served"] = checking.check(candidate, endpoint, task_name, splits.request)
-    version = export.publish(candidate, model=model, task=task, report=report, about=splits.about)
+    with export.removed_on_failure(candidate):
+        report["served"] = checking.check(candidate, endpoint, task_name, splits.request)
+    about = {**splits.about, **({"checksum": read} if read else {})}
+    version = export.publish(candidate, model=model, task=task, report=report, about=about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
     training.workers.meet(training.strategy(config.strategy))
     say("cost", training.describe(report["cost"]))
@@ -274,6 +281,8 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     own = given == taught or (len(paths) == 2 and paths[0].samefile(paths[1]))
     changes = {"data": given, "on_error": saved["on_error"] if own else flags.on_error, "runs": flags.runs,
                "saved_models": flags.saved_models, "batch": 1}  # fmt: skip
+    if not own:
+        learned = {key: value for key, value in learned.items() if key not in task.Config.PART}
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**learned, **changes}))
     report = json.loads((extra / "metrics.json").read_text())
     names = report["names"]
@@ -282,7 +291,8 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
         if list(splits.names) != names:
             raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
     protocol = splits.about["protocol"]
-    if own and not report["folds"] and protocol != report["protocol"]:
+    changed = report.get("checksum", "") not in ("", checksum(config)) or protocol != report["protocol"]
+    if own and not report["folds"] and changed:
         say("warning", f"the data changed, so the model may have learned some of its test part: {report['protocol']}")
     if splits.drawn and not own:  # of its own data the model has learned the rest
         whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
@@ -295,6 +305,20 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     for metric, value in test.items():
         say("", f"{metric:<18} {value}")
     return {metric: dataclasses.asdict(value) for metric, value in test.items()}
+
+
+def checksum(config: Config) -> str:
+    """SHA-256 of a user's data, of a folder of its files' names and contents; empty where `data` is no path."""
+    path = Path(config.data)
+    if not config.data or not path.exists():
+        return ""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        whole.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{content}\n".encode())
+    return whole.hexdigest()
 
 
 def _saved(task_name: str, flags: Any) -> tuple[int, Path]:

@@ -118,11 +118,35 @@ def test_tables(tmp_path):
     with pytest.raises(ValueError, match=r"has no column image; expected a first line that names image, label"):
         tables.read(tmp_path / "a.csv", ("image", "label"))
     (tmp_path / "b.csv").write_text("text,label\none\n")
-    with pytest.raises(ValueError, match=r"line 2: fewer fields"):
+    with pytest.raises(ValueError, match=r"line 2: 1 fields, the first line names 2"):
         tables.read(tmp_path / "b.csv", ("text", "label"))
     (tmp_path / "c.csv").write_bytes("text,label\ncaf\xe9,x\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"not UTF-8"):
         tables.read(tmp_path / "c.csv", ("text", "label"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "label,text\npos,good, but long\n", "line 2: 3 fields, the first line names 2"),
+        ("a.csv", 'label,text\npos,"good\nneg,bad\n', "line 3: unexpected end of data; a field that begins with"),
+        ("a.csv", 'label,text\npos,"good" film\n', "line 2: ',' expected after '\"'"),
+        ("a.tsv", 'text\tlabel\n"good\tpos\nbad "film"\tneg\n', "a field that begins with a quotation mark"),
+        ("a.tsv", 'text\tlabel\n"good\tpos\nbad"\tneg\n', "line 3: a field with tabs in it"),
+    ],
+)
+def test_rows_that_would_be_cut_or_merged_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tables.read(tmp_path / name, ("text", "label"))
+
+
+def test_cells_may_be_long_and_columns_may_be_quoted(tmp_path):
+    long = "word " * 100_000
+    (tmp_path / "a.csv").write_text(f'"text","label","split"\n"{long}","x","test"\n\n"b","y","train"\n')
+    assert tables.labelled(tmp_path / "a.csv", "text") == [(long, "x", "test"), ("b", "y", "train")]
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"two\nlines"\tx\n')
+    assert tables.labelled(tmp_path / "a.tsv", "text") == [("two\nlines", "x", "")]
 
 
 @pytest.mark.parametrize("form", ["zip", "tar.gz"])
@@ -144,6 +168,44 @@ def test_archives_read_like_folders(pictures, tmp_path, form):
     packed.write_bytes(packed.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"is a broken archive"):
         archives.names(packed)
+
+
+@pytest.mark.parametrize("form", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_a_damaged_tar_is_not_read_as_a_shorter_one(pictures, tmp_path, form):
+    packed = tmp_path / f"pictures.{form}"
+    with tarfile.open(packed, f"w:{form.partition('.')[2]}") as archive:
+        archive.add(pictures(), "pictures")
+        ends = archive.offset
+    assert len(archives.names(packed)) == 60
+    whole = packed.read_bytes()
+    hurt = [whole[: len(whole) * share // 8] for share in range(1, 8)]
+    places = range(100, len(whole) - 100, 999)  # behind what names the file, which no checksum guards
+    hurt += [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in places]
+    if form == "tar":
+        at = whole.index(b"ustar", ends // 2)
+        # A header's checksum is all that it has; and cut off at the end of a member it looks whole.
+        hurt = [whole[:at] + b"?" + whole[at + 1 :], whole[: ends // 2 // 512 * 512], whole[:ends]]
+    for content in hurt:
+        packed.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is a broken archive"):
+            archives.names(packed)
+
+
+def test_a_damaged_file_of_a_zip_is_named_and_can_be_skipped(pictures, tmp_path):
+    folder, packed = pictures(), tmp_path / "pictures.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+        hurt = archive.getinfo("dark/3.png")
+    content = bytearray(packed.read_bytes())
+    for at in range(hurt.header_offset + 60, hurt.header_offset + 80):
+        content[at] ^= 255
+    packed.write_bytes(content)
+    with pytest.raises(ValueError, match=r"1 of 60 files below .*\n  dark/3\.png: \w"):
+        images.read(packed, **READ)
+    found = images.read(packed, **{**READ, "on_error": "skip"})
+    assert len(found.labels) == 59
+    assert found.unreadable[0].startswith("dark/3.png: ")
 
 
 # Pictures.
@@ -182,9 +244,28 @@ def test_splits_by_folder_and_by_table(pictures, tmp_path):
     listed = images.read(tmp_path / "list.csv", **READ)
     assert listed.names == found.names
     assert sorted(listed.splits) == sorted(found.splits)
+    for file in (tmp_path / "whole" / "test").rglob("*.png"):
+        file.unlink()
+    for folder in (*(tmp_path / "whole" / "test").iterdir(), tmp_path / "whole" / "test"):
+        folder.rmdir()
+    found = images.read(tmp_path / "whole", **READ)  # the test part is to be drawn
+    assert found.names == ("dark", "light")
+    assert sorted(found.splits) == ["train", "train", "validation", "validation"]
     (tmp_path / "list.csv").write_text("image,label\nnone.png,dark\n")
     with pytest.raises(FileNotFoundError, match=r"lists none\.png, which is not in"):
         images.read(tmp_path / "list.csv", **READ)
+
+
+def test_a_licence_beside_the_classes_is_none(pictures, tmp_path):
+    packed = tmp_path / "flowers.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in pictures().rglob("*.png"):
+            archive.write(file, Path("flowers", file.parent.name, file.name))
+        archive.writestr("flowers/LICENSE.txt", "CC-BY")
+        archive.writestr("flowers/readme.png", b"")
+    found = images.read(packed, **READ)
+    assert found.names == ("dark", "light", "striped")
+    assert len(found.labels) == 60
 
 
 def test_more_pictures_than_memory_go_to_disk(pictures, monkeypatch):

@@ -99,6 +99,20 @@ def test_same_seed_same_run_to_the_bit_and_killed_or_ended_is_no_different(forke
         np.testing.assert_array_equal(want, have)
 
 
+def test_what_weights_alone_do_not_tell_is_saved_between_epochs_only(tmp_path, capsys):
+    config = make_config(tmp_path, checkpoint_every=1)
+    keeper = fitting._Keeper(config, make_splits(), whole=True)
+    keeper.set_model(make_model(config, make_splits()))
+    keeper.on_epoch_begin(0)
+    keeper.on_train_batch_end(0, {"loss": 1.0})
+    keeper._terminated = True
+    with pytest.raises(SystemExit) as ended:
+        keeper.on_train_batch_end(1, {"loss": 1.0})
+    assert ended.value.code == 0
+    assert "by SIGTERM, what was saved is of whole epochs; go on with --resume" in capsys.readouterr().out
+    assert not list(config.folder.glob("checkpoint-*"))
+
+
 def test_a_second_sigterm_ends_at_once(tmp_path):
     config, splits = make_config(tmp_path), make_splits()
     keeper = fitting._Keeper(config, splits)

@@ -1,5 +1,6 @@
 """make serve: which server it starts, and the list of models that it starts it on."""
 
+import concurrent.futures
 import shutil
 import subprocess
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_what_is_published_is_listed_and_served_from_the_list(tmp_path, monkeypa
     (root / "empty").mkdir()
     export.list_models(root)
     assert listed(root) == {name: str(tmp_path / root / name) for name in ("nlp.other", "vision.one")}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # runs that end at once
+        list(pool.map(lambda _: export.list_models(root), range(100)))
+    assert sorted(path.name for path in root.iterdir()) == ["empty", "models.config", "nlp.other", "vision.one"]
     flags = Flags(model_config_file=str(root / "models.config"), port=-1, max_num_load_retries=0)
     with Server(flags) as server, Client(server.address) as client:
         answers = {name: float(client.predict(name, {"x": np.ones((1, 2), np.float32)})["y"][0, 0])

@@ -26,6 +26,12 @@ def test_interval_of_a_share_where_all_are_alike_is_the_exact_one(right):
     assert metrics.share(some) == metrics.measured(np.mean, some.astype(float))
 
 
+def test_one_example_has_no_interval():
+    found = metrics.measured(np.mean, np.array([0.25]))
+    assert found.value == 0.25
+    assert np.isnan([found.low, found.high]).all()
+
+
 def test_interval_is_the_same_for_the_same_seed():
     hits = np.random.default_rng(1).random(50).round()
     assert metrics.measured(np.mean, hits) == metrics.measured(np.mean, hits)
@@ -75,5 +81,5 @@ def test_logits_are_refused():
 
 def test_confusion_matrix_is_drawn(tmp_path):
     path = tmp_path / "matrix.png"
-    classification.plot_confusion(np.array([0, 1, 1]), np.array([0, 1, 0]), ["a", "b"], path)
+    classification.plot_confusion(np.array([0, 1, 1]), np.array([0, 1, 0]), ["$5_$9", "b"], path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -71,9 +71,19 @@ def test_table_to_served_answer(learnt, table, cornucopia, forked, python, servi
     report = json.loads((extra / "metrics.json").read_text())
     accuracy = report["test"]["accuracy"]
     assert f"{report['protocol']}\n           accuracy           {accuracy['value']:.4f}" in done.stdout
+    assert "warning" not in done.stdout
+    rows = (learnt / "table.csv").read_text()
+    (learnt / "table.csv").write_text(rows.replace("number 1,", "numbers 1,"))
+    done = forked("evaluate", "nlp.classify", f"--data={taught}")
+    (learnt / "table.csv").write_text(rows)
+    assert "warning    the data changed, so the model may have learned some of its test part" in done.stdout
+    settings = json.loads((extra / "config.json").read_text())
+    settings["config"] |= {"examples": 5, "folds": 3}  # what part of its own data it learned from
+    (extra / "config.json").write_text(json.dumps(settings))
     table = table.rename(tmp_path / "other.csv")
     done = forked("evaluate", "nlp.classify", f"--data={table}")
     assert "all of it" in done.stdout
+    assert "audit      train 51  validation 3  test 6  in 2 classes" in done.stdout
     assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
     table.write_text(table.read_text().replace(",food", ",meals"))
     done = forked("evaluate", "nlp.classify", f"--data={table}", expect=2)
@@ -244,6 +254,8 @@ def test_parts_of_an_explanation_sum_to_what_the_score_gained(learnt, forked, tm
     gain, total = re.search(r"gain +(\S+) of its score .* sum to (\S+)", done.stdout).groups()
     assert float(gain) == pytest.approx(float(total), abs=0.003)
     assert "bank\033[0m" in done.stdout
+    with pytest.raises(ValueError, match="the text is empty; give words"):
+        classify.explain(model, " \n")
     done = forked("explain", "vision.classify", "--text=x", expect=2)
     assert "vision.classify does not explain its answers" in done.stderr
 

@@ -343,7 +343,8 @@ def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
 
     def learn(name, *, strategy="one", resume=False, stop=None):
         # Pendulum's environments each have a seed of their own; CartPole's draw from one generator.
-        changes = {"data": "Pendulum-v1", "epochs": 2, "passes": 2, "strategy": strategy, "resume": resume}
+        changes = {"data": "Pendulum-v1", "epochs": 2, "passes": 2, "strategy": strategy, "resume": resume,
+                   "checkpoint_every": 1}  # fmt: skip
         config = dataclasses.replace(SMALL, **changes, runs=str(tmp_path), saved_models=str(tmp_path), name=name)
         config = training.begin("rl.ppo", config)
         splits = ppo.load(config)
@@ -370,6 +371,8 @@ def test_a_broken_run_goes_on_to_the_same_policy(tmp_path, monkeypatch):
     whole = learn("whole")
     with pytest.raises(KilledError):
         learn("one", stop=1)
+    # Where the environments are within an epoch no checkpoint holds, so none is of the middle of one.
+    assert [path.name for path in (tmp_path / "one").glob("checkpoint-*")] == ["checkpoint-1"]
     shutil.copytree(tmp_path / "one", tmp_path / "mirrored")
     for strategy, within in (("one", 0), ("mirrored", 1e-5)):
         resumed = learn(strategy, strategy=strategy, resume=True)

@@ -122,6 +122,23 @@ def test_served_answers_are_the_measured_ones(config, tmp_path):
     assert serve(user=tf.constant([], tf.string), history=tf.zeros([0, 0], tf.string))["top_items"].shape == [0, 10]
     everything = serve(user=tf.constant([""]), history=tf.constant([taken.item_names]))  # nothing is left
     assert np.isneginf(everything["top_scores"]).all()
+    assert set(everything["top_items"].numpy().ravel()) == {b""}
+    two = serve(user=tf.constant([""]), history=tf.constant([taken.item_names[2:]]))
+    assert set(two["top_items"].numpy()[0]) == {b"", *(name.encode() for name in taken.item_names[:2])}
+    assert (two["top_labels"].numpy() == b"").sum() == 8
+
+
+def test_of_very_many_items_popularity_alone_is_the_baseline(config, monkeypatch, capsys):
+    splits = retrieve.load(config)
+    retrieve.baseline(config, splits)
+    both = capsys.readouterr().out
+    monkeypatch.setattr(retrieve, "LARGE", len(splits.names) - 1)
+    monkeypatch.setattr(np.linalg, "inv", None)
+    found = retrieve.baseline(config, splits)
+    said = capsys.readouterr().out
+    assert "baseline   EASE, penalty" in both
+    assert said == both.splitlines(keepends=True)[-2]  # before EASE
+    assert f"popularity: ndcg@10 {found['ndcg@10'].value:.4f}" in said
 
 
 @pytest.mark.parametrize("block", [7, 100_000])  # many blocks, the last not full and smaller than an answer; one

@@ -173,6 +173,11 @@ def launched(tmp_path, *flags):
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.parametrize("words", ["--workers 0 TASK", "TASK --workers=0 --data pictures", "--data=a TASK --workers 0"])
+def test_flags_of_launch_may_stand_before_the_task_and_apart_from_their_values(mistaken, words):
+    assert "--workers=0 trains nothing" in mistaken("launch", *words.replace("TASK", "vision.classify").split()).err
+
+
 def assert_learned_alike_and_exported_once(folder, task, said):
     assert "over gRPC equal the model in memory" in said
     assert [path.name for path in (folder / "saved_models" / task).iterdir()] == ["1"]  # the chief's

@@ -616,6 +616,9 @@ def test_data_that_cannot_be_learned_from(tmp_path):
     (tmp_path / "short.txt").write_text("to be")
     with pytest.raises(ValueError, match="a text of 5 characters is too short for --batch=2 and --context=8"):
         write.load(dataclasses.replace(SMALL, data=str(tmp_path / "short.txt")))
+    (tmp_path / "han.txt").write_text("".join(chr(0x4E00 + code) for code in range(600)) * 4)
+    with pytest.raises(ValueError, match="--vocabulary=512 has no room for subwords: the text has 600 characters"):
+        write.load(dataclasses.replace(SMALL, data=str(tmp_path / "han.txt"), tokens="subwords", vocabulary=512))
     with pytest.raises(ValueError, match="--width=18 must be a multiple of twice --heads=2"):
         write.build(dataclasses.replace(SMALL, width=18), made()[1])
 

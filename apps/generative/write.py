@@ -77,10 +77,10 @@ def load(config: Config) -> data.Splits:
     held = config.batch * window * max(1, round(0.03 * len(learned) / (config.batch * window)))
     train, validation = learned[held:], learned[: held + 1]
     count = (len(train) - window - 1) // window
-    if count < config.batch:
+    if count < config.batch or len(test) < window + 2:
         raise ValueError(
             f"a text of {len(text):,} characters is too short for --batch={config.batch} and --context={window}; "
-            f"expected some {3 * config.batch * window:,} or more"
+            f"expected some {max(3 * config.batch, 20) * window:,} or more"
         )
     passes = max(1, 250 * config.batch // count)  # an epoch of a short text takes some
     ids = tf.constant(train)
@@ -203,6 +203,9 @@ def _vocabulary(config: Config, text: str, *, learned: str) -> list[bytes]:
     if config.tokens == "bytes":
         return [bytes([code]) for code in range(256)]
     characters = sorted(set(text))  # of all of it, as nanoGPT does: nothing but the alphabet is taken from the test
+    if config.tokens == "subwords" and len(characters) >= config.vocabulary:
+        raise ValueError(f"--vocabulary={config.vocabulary} has no room for subwords: the text has "
+                         f"{len(characters):,} characters, each a token; give more, or leave --tokens out")  # fmt: skip
     more = _byte_pairs(learned, config.vocabulary - len(characters)) if config.tokens == "subwords" else []
     return [token.encode() for token in [*characters, *more]]
 

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import keras
 import numpy as np
@@ -31,6 +31,7 @@ from shared.metrics import classification
 
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
+    PART: ClassVar = ("folds", "fold", "examples")
     epochs: int = 10  # passes over the training examples
     batch: int = 64  # examples in a step, over all devices together
     labels: Literal["coarse", "fine"] = "coarse"  # of labels COARSE:fine the first part, or both
@@ -560,6 +561,8 @@ def explain(model: keras.Model, text: str, *, steps: int = 100) -> tuple[int, fl
     """
     if "margins" not in [layer.name for layer in model.layers]:
         raise ValueError("only networks from scratch are explained; this model has a backbone")
+    if not text.strip():
+        raise ValueError("the text is empty; give words")
     network = model.get_layer("network")
     seen = [layer for layer in network.layers if layer.name.startswith("seen_")]
     tables = [model.get_layer(f"{name[:-1]}_table") for name in NGRAMS]

@@ -295,7 +295,7 @@ def train(config: Config, model: keras.Model, splits: data.Splits) -> dict[str, 
     with training.strategy(config.strategy).scope():
         learner = Learner(config, model)
         learner.compile(model.optimizer, jit_compile=False)
-    cost = training.fit(config, learner, splits, callbacks=(learner.anew(),))
+    cost = training.fit(config, learner, splits, callbacks=(learner.anew(),), whole=True)
     if training.workers.chief():
         acting.plot_seeds(config.folder, config.epochs * splits.steps * config.batch)
     return cost

@@ -26,6 +26,7 @@ from shared.metrics import classification, speech
 @dataclasses.dataclass(frozen=True)
 class Config(run.Config):
     ZERO: ClassVar = (*run.Config.ZERO, "masks")
+    PART: ClassVar = ("speaker",)
     epochs: int = 20  # passes over the training examples
     batch: int = 64  # recordings in a step; an eighth as many sounds without speech join them
     patience: int = 20  # epochs without a better validation result before training stops

@@ -56,8 +56,10 @@ def stream(
         lengths: of the examples, [count], where a batch costs as much as its longest: examples of like length then come
             together, out of `ALIKE` batches that the order of an epoch has in a row; the batches come in any order.
     """
+    if not count:
+        raise ValueError("there is no training example; give more data")
     if count < batch:
-        raise ValueError(f"{count} training examples do not fill one batch of {batch}: use --batch={max(count, 1)}")
+        raise ValueError(f"{count} training examples do not fill one batch of {batch}: use --batch={count}")
     steps = count // batch
     far = np.iinfo(np.int64).max
 

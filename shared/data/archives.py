@@ -1,11 +1,15 @@
 """Files of a folder, a zip or a tar archive by name, without unpacking anything."""
 
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# What a damaged archive or member raises; RuntimeError is an encrypted one's, NotImplementedError an unknown method's.
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError)
 
 
 def is_archive(path: Path) -> bool:
@@ -35,15 +39,28 @@ def names(path: Path) -> list[str]:
             else:
                 with tarfile.open(path) as archive:
                     found = [member.name.removeprefix("./") for member in archive if member.isfile()]
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+                    _at_end(archive)
+        except (*BROKEN, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the file system; a decompressor's has no number
+                raise
             raise ValueError(f"{path} is a broken archive ({error}); get it again") from error
     return sorted(name for name in found if not _is_clutter(name))
 
 
-def contents(path: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
+def _at_end(archive: tarfile.TarFile) -> None:
+    """tarfile.ReadError where the last member that was found is not the last one: tarfile takes damage for the end."""
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("damaged or cut off")
+    while archive.fileobj.read(1 << 20):  # to where a compressed file holds its checksum
+        pass
+
+
+def contents(path: Path, wanted: list[str], *, broken: dict[str, str]) -> Iterator[tuple[str, bytes]]:
     """The named files of a folder or an archive with their bytes, one at a time, in the archive's own order.
 
-    An archive is read once from front to back, for a compressed tar knows no other way.
+    An archive is read once from front to back, for a compressed tar knows no other way. A zip's file that is damaged
+    or encrypted goes to `broken`, with the reason.
     """
     if path.is_dir():
         for name in wanted:
@@ -51,7 +68,12 @@ def contents(path: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in wanted:
-                yield name, archive.read(name)
+                try:
+                    content = archive.read(name)
+                except BROKEN as error:
+                    broken[name] = str(error)
+                else:
+                    yield name, content
     else:
         names_wanted = set(wanted)
         with tarfile.open(path) as archive:

@@ -17,14 +17,15 @@ def read(path: Path, *, on_error: str) -> tuple[str, list[str]]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a text, or a folder or archive of *.txt files")
+    broken: dict[str, str] = {}
     if path.is_file() and not archives.is_archive(path):
         files = [(path.name, path.read_bytes())]
     else:
         wanted = [name for name in archives.names(path) if name.lower().endswith(".txt")]
         if not wanted:
             raise ValueError(f"no text below {path}; expected *.txt files in UTF-8")
-        files = sorted(archives.contents(path, wanted))
-    texts, bad = [], []
+        files = sorted(archives.contents(path, wanted, broken=broken))
+    texts, bad = [], [f"{name}: {reason}" for name, reason in broken.items()]
     for name, content in files:
         try:
             texts.append(content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
@@ -32,9 +33,10 @@ def read(path: Path, *, on_error: str) -> tuple[str, list[str]]:
             bad.append(f"{name}: not UTF-8 ({error.reason} at byte {error.start:,})")
     if bad and (on_error == "fail" or not texts):
         raise ValueError(
-            f"{len(bad)} of {len(files)} files of {path} cannot be read; convert them (iconv -f latin1 -t utf8), or "
-            f"leave them out with --on-error=skip:\n  " + "\n  ".join(bad[:20]) + ("\n  …" if len(bad) > 20 else "")
-        )
+            f"{len(bad)} of {len(files) + len(broken)} files of {path} cannot be read; convert them (iconv -f latin1 "
+            "-t utf8), or leave them out with --on-error=skip:\n  "
+            + "\n  ".join(bad[:20]) + ("\n  …" if len(bad) > 20 else "")
+        )  # fmt: skip
     text = "\n".join(texts)
     if not text.strip():
         raise ValueError(f"{path} holds no text; expected a UTF-8 text, or *.txt files")

@@ -11,7 +11,7 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
 def classes(path: Path, *, kind: str, suffixes: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """File name -> (class, split) of a folder or archive with one sub-folder a class.
 
-    Where the upper folders are train and test (and validation or val), the classes are below these; else split is "".
+    Where the upper folders are splits, train and others, the classes are below these; else split is "".
 
     Args:
         path: of the folder or archive.
@@ -23,10 +23,14 @@ def classes(path: Path, *, kind: str, suffixes: tuple[str, ...]) -> dict[str, tu
     """
     parts = {name: name.split("/") for name in archives.names(path)}
     tops = {part[0] for part in parts.values() if len(part) > 1}
-    while len(tops) == 1 and all(len(part) > 2 for part in parts.values()):  # archives often wrap all in one folder
-        parts = {name: part[1:] for name, part in parts.items()}
+    while len(tops) == 1 and not any(_is_data(part, suffixes) for part in parts.values() if len(part) == 2):
+        inside = {name: part[1:] for name, part in parts.items() if len(part) > 2}
+        if not inside:
+            break
+        parts = inside  # archives often wrap all in one folder, with a README or a licence beside the classes
         tops = {part[0] for part in parts.values()}
-    is_split = {"train", "test"} <= {SPLITS.get(top.lower()) for top in tops}
+    named = {SPLITS.get(top.lower()) for top in tops}
+    is_split = {"train", "test"} <= named or ("train" in named and len(named) > 1 and None not in named)
     if is_split:
         unknown = sorted(top for top in tops if top.lower() not in SPLITS)
         if unknown:
@@ -48,3 +52,9 @@ def classes(path: Path, *, kind: str, suffixes: tuple[str, ...]) -> dict[str, tu
             f"no {kind} below {path}; expected one sub-folder a class, each with {' '.join(suffixes)} files"
         )
     return files
+
+
+def _is_data(part: list[str], suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is one of those that have a class, by its name."""
+    name = part[-1].lower()
+    return name.endswith(suffixes) and not name.startswith(("readme", "license", "licence"))

@@ -75,7 +75,7 @@ def read(path: Path, *, size: int, channels: int, on_error: str) -> Pictures:
     if len(names) < 2:
         raise ValueError(f"{path} holds one class only ({names[0]}); a classifier needs two or more")
     wanted = [name for name in files if name.lower().endswith(SUFFIXES)]
-    size, channels = _measure(archives.contents(root, wanted), size=size, channels=channels)
+    size, channels = _measure(archives.contents(root, wanted, broken={}), size=size, channels=channels)
     pixels = _room(len(wanted), size, channels)
     rows = {name: row for row, name in enumerate(wanted)}
 
@@ -101,18 +101,13 @@ def read(path: Path, *, size: int, channels: int, on_error: str) -> Pictures:
 
 def _listed(path: Path) -> tuple[Path, dict[str, tuple[str, str]]]:
     """Folder of a table of pictures, and file name -> (class, split)."""
-    with path.open(encoding="utf-8-sig") as file:
-        has_split = "split" in file.readline().rstrip("\r\n").split("\t" if path.suffix.lower() == ".tsv" else ",")
-    rows = tables.read(path, ("image", "label", "split") if has_split else ("image", "label"))
+    rows = tables.labelled(path, "image")
     missing = [row[0] for row in rows if not (path.parent / row[0]).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} lists {missing[0]}, which is not in {path.parent} ({len(missing)} missing)")
-    wrong = sorted({row[2] for row in rows if has_split and row[2].lower() not in folders.SPLITS})
-    if wrong:
-        raise ValueError(f"{path}: split {', '.join(wrong)} is unknown; expected {', '.join(folders.SPLITS)}")
     if not rows:
         raise ValueError(f"{path} lists no picture")
-    return path.parent, {row[0]: (row[1], folders.SPLITS[row[2].lower()] if has_split else "") for row in rows}
+    return path.parent, {name: (label, split) for name, label, split in rows}
 
 
 def _measure(contents: Iterable[tuple[str, bytes]], *, size: int, channels: int) -> tuple[int, int]:

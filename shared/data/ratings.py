@@ -1,11 +1,12 @@
 """Who took which item, and when: MovieLens files and CSV tables."""
 
-import csv
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from shared.data import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +79,15 @@ def _movielens(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _table(path: Path) -> Iterator[tuple[int, str, str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        head = next(rows, [])
-        at = {COLUMNS[name.strip().lower()]: place for place, name in enumerate(head)
-              if name.strip().lower() in COLUMNS}  # fmt: skip
-        if not {"user", "item"} <= set(at):
-            raise ValueError(f"{path}: expected a first line that names user and item (rating and timestamp, if there "
-                             f"are any), found {','.join(head)[:60] or 'an empty file'}")  # fmt: skip
-        for row in rows:
-            if row and len(row) != len(head):
-                raise ValueError(f"{path}, line {rows.line_num}: {len(row)} fields, the first line names {len(head)}")
-            if row:
-                time = row[at["timestamp"]] if "timestamp" in at else str(rows.line_num)
-                yield rows.line_num, row[at["user"]].strip(), row[at["item"]].strip(), time
+    rows = tables.rows(path)
+    _, head = next(rows, (0, []))
+    at = {COLUMNS[name.strip().lower()]: place for place, name in enumerate(head) if name.strip().lower() in COLUMNS}
+    if not {"user", "item"} <= set(at):
+        raise ValueError(f"{path}: expected a first line that names user and item (rating and timestamp, if there are "
+                         f"any), found {','.join(head)[:60] or 'an empty file'}")  # fmt: skip
+    for number, row in rows:
+        time = row[at["timestamp"]] if "timestamp" in at else str(number)
+        yield number, row[at["user"]].strip(), row[at["item"]].strip(), time
 
 
 def in_order(users: list[str], items: list[str], times: np.ndarray) -> Ratings:
@@ -107,12 +103,11 @@ def in_order(users: list[str], items: list[str], times: np.ndarray) -> Ratings:
 
 def _numbered(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Distinct names, numbers by their value, and each name's index among them."""
-    distinct, index = np.unique(np.array(names), return_inverse=True)
-    numbers = all(name.isdecimal() for name in distinct)
-    by_value = sorted(range(len(distinct)), key=(lambda at: int(distinct[at])) if numbers else None)
-    rank = np.empty(len(distinct), np.int64)
-    rank[by_value] = np.arange(len(distinct))
-    return tuple(str(distinct[at]) for at in by_value), rank[index]
+    distinct = sorted(set(names))
+    if all(name.isdecimal() for name in distinct):
+        distinct.sort(key=int)
+    rank = {name: at for at, name in enumerate(distinct)}
+    return tuple(distinct), np.fromiter((rank[name] for name in names), np.int64, len(names))
 
 
 def titles(folder: Path) -> dict[str, str]:

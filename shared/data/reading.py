@@ -41,7 +41,7 @@ def take(
         return item[0], ""
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in _chunks(archives.contents(path, wanted), 256):
+        for chunk in _chunks(archives.contents(path, wanted, broken=bad), 256):
             bad.update({name: problem for name, problem in pool.map(attempt, chunk) if problem})
     lines = [f"{name}: {bad[name]}" for name in sorted(bad)]
     if bad and on_error == "fail":

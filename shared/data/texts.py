@@ -38,7 +38,7 @@ def read(path: Path, *, fine: bool, on_error: str) -> Texts:
     """
     bad = []
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
-        found = table(path)
+        found = tables.labelled(path, "text")
     elif path.is_file() and path.suffix.lower() == ".label":
         found = [(*row, "") for row in questions(path, fine=fine)]
     elif path.is_dir() and (files := sorted([*path.glob("*.pos"), *path.glob("*.neg")])):
@@ -95,29 +95,18 @@ def questions(path: Path, *, fine: bool, encoding: str = "utf-8") -> list[tuple[
     return rows
 
 
-def table(path: Path) -> list[tuple[str, str, str]]:
-    """(text, label, split) from a table; split is "" where there is no such column. ValueError where one is unknown."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        has_split = "split" in file.readline().rstrip("\r\n").split("\t" if path.suffix.lower() == ".tsv" else ",")
-    rows = tables.read(path, ("text", "label", "split") if has_split else ("text", "label"))
-    wrong = sorted({row[2] for row in rows if has_split and row[2].lower() not in folders.SPLITS})
-    if wrong:
-        raise ValueError(f"{path}: split {', '.join(wrong)} is unknown; expected {', '.join(folders.SPLITS)}")
-    return [(row[0], row[1], folders.SPLITS[row[2].lower()] if has_split else "") for row in rows]
-
-
 def _files(path: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Rows of a folder or archive with one sub-folder of text files a class, and what is not readable."""
     files = folders.classes(path, kind="texts", suffixes=(".txt",))
     wanted = [name for name in files if name.lower().endswith(".txt")]
     bad = [f"{name}: no text by its ending; expected .txt" for name in files if not name.lower().endswith(".txt")]
-    found = []
-    for name, content in archives.contents(path, wanted):
+    found, broken = [], {}
+    for name, content in archives.contents(path, wanted, broken=broken):
         try:
             found.append((content.decode("utf-8-sig"), *files[name]))
         except UnicodeDecodeError as error:
-            bad.append(f"{name}: not UTF-8 ({error.reason} at byte {error.start})")
-    return found, bad
+            broken[name] = f"not UTF-8 ({error.reason} at byte {error.start})"
+    return found, bad + [f"{name}: {reason}" for name, reason in broken.items()]
 
 
 def _split(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Test metrics, each with the interval in which it would fall on other test examples of the same kind."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -32,9 +33,11 @@ def measured(statistic: Callable[..., float], *examples: np.ndarray, seed: int =
 
     Args:
         statistic: takes as many arrays as there are `examples` -> a number.
-        examples: arrays of one length, drawn from together, with replacement.
+        examples: arrays of one length, drawn from together, with replacement; of one alone the interval is NaN.
     """
     value = float(statistic(*examples))
+    if len(examples[0]) < 2:
+        return Measured(value, math.nan, math.nan)
     found = scipy.stats.bootstrap(
         examples, statistic, n_resamples=resamples, paired=True, vectorized=False, method="percentile",
         rng=np.random.default_rng(seed),

@@ -76,8 +76,8 @@ def plot_confusion(labels: np.ndarray, chosen: np.ndarray, names: Sequence[str],
     picture = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(picture, shrink=0.8, label="share of the true class")
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="answered", ylabel="true")
-    axes.set_xticklabels(names, rotation=45, ha="right")
-    axes.set_yticklabels(names)
+    axes.set_xticklabels(names, rotation=45, ha="right", parse_math=False)  # a name may hold dollars
+    axes.set_yticklabels(names, parse_math=False)
     if len(names) <= 25:
         for row, column in np.argwhere(matrix >= 0.005):
             share = matrix[row, column]

@@ -36,13 +36,25 @@ def cosine(
 
 
 def fit(
-    config: Config, model: keras.Model, splits: Splits, *, callbacks: tuple[keras.callbacks.Callback, ...] = ()
+    config: Config,
+    model: keras.Model,
+    splits: Splits,
+    *,
+    callbacks: tuple[keras.callbacks.Callback, ...] = (),
+    whole: bool = False,
 ) -> dict[str, float]:
     """Train a compiled model to its best epoch by validation loss or, where it has one, validation accuracy.
 
     Everything is written below `config.folder`. A run that was killed goes on from its last checkpoint, on the batches
     that came next, so that it ends with the weights of a run that was never interrupted. SIGTERM saves and ends the
     process with exit code 0; a second one ends it at once.
+
+    Args:
+        config: of the run.
+        model: compiled.
+        splits: what it learns from.
+        callbacks: to Keras, besides those for all that is said here.
+        whole: what an epoch does hangs on more than weights, so it goes on from its beginning, never from within it.
 
     Returns:
         `train_seconds`, without validation, over all sittings; `examples_per_second` of it; `epochs` that were run;
@@ -55,7 +67,7 @@ def fit(
         ConnectionError: the data service is gone.
     """
     devices = strategy(config.strategy)
-    keeper = _Keeper(config, splits)
+    keeper = _Keeper(config, splits, whole=whole)
     keeper.set_model(model)
     if config.clip:
         getattr(model.optimizer, "inner_optimizer", model.optimizer).global_clipnorm = config.clip
@@ -132,12 +144,13 @@ class _Keeper(keras.callbacks.Callback):
     """Keeps the last and the best weights and the history on disk, times and reports epochs, stops in time.
 
     `checkpoint-N` stands for N finished epochs, `checkpoint-N-at-S` for S steps of the next. Each is written under
-    another name and then renamed, and of the older ones the newest stays, in case this one is damaged.
+    another name and then renamed, and of the older ones the newest stays, in case this one is damaged. `whole`: there
+    are none within epochs.
     """
 
-    def __init__(self, config: Config, splits: Splits):
+    def __init__(self, config: Config, splits: Splits, *, whole: bool = False):
         super().__init__()
-        self.config, self.splits = config, splits
+        self.config, self.splits, self.whole = config, splits, whole
         self.epoch = 0  # finished ones
         self.step_in_epoch = 0  # steps of the epoch that was not finished
         self.best_epoch = 0
@@ -245,9 +258,11 @@ class _Keeper(keras.callbacks.Callback):
         done = self._before + batch + 1
         if done < self.splits.steps:  # the end of an epoch saves by itself
             if self._terminated:
+                if self.whole:
+                    self._leave("what was saved is of whole epochs")
                 self._save_within(done)
                 self._leave()
-            if self._due(done):
+            if not self.whole and self._due(done):
                 self._save_within(done)
         if self._too_long(done):
             say("", "the time or the money that was given is used up: stopping")
@@ -258,8 +273,8 @@ class _Keeper(keras.callbacks.Callback):
             f"lower the learning rate, use --clip=1 or --precision=float32; what was saved is in {self.config.folder}"
         )
 
-    def _leave(self) -> None:
-        say("stopped", f"by SIGTERM, saved; go on with --resume --name={self.config.name}")
+    def _leave(self, told: str = "saved") -> None:
+        say("stopped", f"by SIGTERM, {told}; go on with --resume --name={self.config.name}")
         raise SystemExit(0)
 
     def _too_long(self, done: int) -> bool:
