@@ -142,7 +142,7 @@ def test_sizes_are_filled_with_the_first_row():
 
 def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
     requests = [row(1, 2), row(2, 2), row(3, 3), row(4, 3)]
-    version, answers = ask_together(Rules(threads=1), requests)
+    version, answers = ask_together(Rules(threads=4), requests)
     assert {batch.shape[1] for batch in version.batches} == {2, 3}
     assert [answer.shape for answer in answers] == [(1, 2), (1, 2), (1, 3), (1, 3)]
     version, answers = ask_together(Rules(threads=1, pad=True), requests)
@@ -151,11 +151,40 @@ def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
     assert answers[1].shape == (1, 3)
 
 
+def test_all_queues_of_all_versions_share_the_threads():
+    slots, lock, now, most = threading.Semaphore(2), threading.Lock(), [0], [0]
+
+    class Slow(Version):
+        def answer(self, feeds, fetches, arrays, until):
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            time.sleep(0.02)
+            with lock:
+                now[0] -= 1
+            return [arrays[0]]
+
+    versions = [(Batching(Rules(threads=2), slots=slots), Slow()) for _ in range(3)]
+    asking = [
+        threading.Thread(target=together.run, args=(version, FEEDS, (fetch,), [row(1, width)]))
+        for together, version in versions
+        for fetch in (*FETCHES, "other:0")
+        for width in (2, 3, 4)
+    ]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert most == [2]
+
+
 def test_large_requests():
     large = np.arange(9, dtype=np.float32)[:, None]
     _, (refused,) = ask_together(Rules(largest=8, run_largest=8), [large], Version(0))
     assert str(refused) == "Task size 9 is larger than maximum input batch size 8"
-    version, (answer,) = ask_together(Rules(largest=8, run_largest=4, split=True), [large], Version(0))
+    _, (refused,) = ask_together(Rules(largest=8, run_largest=4, split=True), [large], Version(0))
+    assert str(refused) == "Task size 9 is larger than maximum input batch size 8"  # as upstream, which splits less
+    version, (answer,) = ask_together(Rules(largest=9, run_largest=4, split=True), [large], Version(0))
     assert version.sizes == [4, 4, 1]
     assert answer[:, 0].tolist() == [2.0 * index for index in range(9)]
 

@@ -111,6 +111,38 @@ def test_what_was_learnt_is_forgotten_when_a_call_fails(over):
         assert len(server.calls) == 1
 
 
+@pytest.mark.parametrize("coroutines", [False, True])
+def test_another_version_with_other_outputs_is_learnt_of(coroutines):
+    """Over REST an only output comes without its name, so the answer of a version that swapped in does not fit."""
+
+    def older(one):
+        one._learnt = {key: {name: type(signature).FromString(signature.SerializeToString())
+                             for name, signature in found.items()} for key, found in one._learnt.items()}  # fmt: skip
+        for found in one._learnt.values():
+            del found["serving_default"].outputs["text"]
+
+    asked = ("adder", {"a": [1.0], "b": 2.0})
+
+    async def both(address):
+        async with AsyncClient(address, retries=0) as one:
+            await one.predict(*asked)
+            older(one)
+            with pytest.raises(TypeError):
+                await one.predict(*asked)
+            return await one.predict(*asked)
+
+    with stand_in.over_rest() as (address, _), Client(address, retries=0) as one:
+        if coroutines:
+            answer = asyncio.run(both(address))
+        else:
+            one.predict(*asked)
+            older(one)
+            with pytest.raises(TypeError):
+                one.predict(*asked)
+            answer = one.predict(*asked)
+    assert answer["sum"].tolist() == [3.0]
+
+
 @BOTH
 def test_versions_and_labels(over):
     sent = {"a": [1.0], "b": 0.0}

@@ -434,6 +434,13 @@ def test_batching_in_a_server(tree, tmp_path):
         serving(tree, **changes)
 
 
+def test_a_config_file_leaves_no_say_to_the_flags_of_one_model(tree, tmp_path):
+    (tmp_path / "config").write_text(f'model_config_list {{ config {{ name: "a" base_path: "{tree / "affine"}" }} }}')
+    changes = {"models": "", "model_config_file": str(tmp_path / "config")}
+    with serving(tree, **changes, model_name="b", model_base_path=str(tree / "affine")) as one:
+        assert set(one.core.models.served()) == {"a"}
+
+
 def test_signature_method_names(tree):
     with serving(tree, enable_signature_method_name_check=True) as one, Client(one.address) as client:
         assert client.predict("affine", X)["y"].shape == (1, 2)
@@ -447,6 +454,57 @@ def test_unix_socket(tree, tmp_path):
         Client(f"unix:{tmp_path / 'socket'}") as client,
     ):
         assert client.predict("affine", X)["y"].shape == (1, 2)
+
+
+def test_unix_socket_is_as_safe_as_the_port(tree, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(grpc_transport.Grpc, "bind", lambda self, address, credentials: given.append(credentials) or 1)
+    monkeypatch.setattr(server.tls, "server_credentials", lambda *_: "some")
+    (tmp_path / "ssl").write_text("")
+    with serving(tree, grpc_socket_path=str(tmp_path / "socket"), ssl_config_file=str(tmp_path / "ssl")):
+        pass
+    assert given == ["some", "some"]
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.0])
+def test_threads_help_out_only_where_clients_are_silent(monkeypatch, seconds):
+    """Calls that take long are no reason for more threads; calls whose message does not come are, for as long."""
+    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 0.02)
+    pool = grpc_transport.Pool(2, most=4)
+    lock, now, seen, come, ended = threading.Lock(), [0], [], threading.Event(), []
+
+    def call(pause):
+        pool.here.state[0] = False  # as what answers does, whose message is there
+        with lock:
+            now[0] += 1
+            seen.append(now[0])
+        time.sleep(pause)
+        with lock:
+            now[0] -= 1
+            ended.append(pause)
+
+    try:
+        if not seconds:
+            for _ in range(6):
+                pool.submit(come.wait)
+        for _ in range(8):
+            pool.submit(call, seconds)
+        until(lambda: len(ended) == 8)
+        if not seconds:
+            assert pool._count > 6
+            come.set()
+            until(lambda: not pool._relieving)
+            for _ in range(20):  # those that are too many find out after a call
+                pool.submit(call, 0.01)
+            until(lambda: len(ended) == 28)
+            del seen[:]
+            for _ in range(20):
+                pool.submit(call, 0.02)
+            until(lambda: len(ended) == 48)
+        assert max(seen) == 2
+    finally:
+        come.set()
+        pool.close()
 
 
 def test_cors(tree):
@@ -539,6 +597,14 @@ def test_rest_timeout(slow, tmp_path):
             assert posted(one, tmp_path / "go") == (504, "the answer took longer than 1 seconds")
         finally:
             (tmp_path / "go").touch()
+
+
+def test_without_a_rest_timeout(tree):
+    with (
+        serving(tree, rest_api_port=-1, rest_api_timeout_in_ms=0) as one,
+        Client(f"http://{one.rest_address}") as client,
+    ):
+        assert client.predict("affine", X)["y"].shape == (1, 2)
 
 
 def test_a_rest_request_whose_time_is_over_in_the_queue(slow, tmp_path, monkeypatch):
@@ -1068,7 +1134,7 @@ def test_batching_parameters_of_a_version(tree, tmp_path, own, rows):
 @pytest.mark.parametrize("over_rest", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
 def test_so_many_threads_answer(tree, monkeypatch, most, over_rest):
-    monkeypatch.setattr(grpc_transport.Pool, "STUCK", most)  # no more are added however long the calls take
+    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 0.02)  # how long the calls take adds no more
     with serving(tree, grpc_max_threads=most, rest_api_num_threads=most, rest_api_port=-1) as one:
         lock, now, seen, go = threading.Lock(), [0], [], threading.Event()
         predict = one.core.inference.predict

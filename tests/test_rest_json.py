@@ -325,6 +325,16 @@ def test_deep_nesting():
         rest_json.read_examples(('{"examples": [{"a":' + nest + "}]}").encode())
 
 
+@pytest.mark.parametrize("word", ["true", "false", "null"])
+def test_a_long_body_that_is_cut_off_is_read_in_a_moment(word):
+    begun = time.process_time()
+    text = refused('{"instances":[' + f"{word}," * 400_000, x=INT32)
+    assert "JSON Parse error: Invalid value." in text  # it took minutes where each word copied the rest
+    assert time.process_time() - begun < 10
+    cut = word[:2] + "x"
+    assert f"Invalid value. at offset: {len(cut) + 13}" in refused('{"instances":[' + cut, x=INT32)
+
+
 @pytest.mark.parametrize("deep", [64, 65])
 @pytest.mark.parametrize("key", ["instances", "inputs"])
 def test_as_many_dimensions_as_numpy_has(key, deep):

@@ -100,6 +100,15 @@ def test_an_input_with_a_default(prediction, rest):
     assert list(prediction.Predict(message("scaled", a=np.float32([3]))).outputs["y"].float_val) == [6]
     sent = message("scaled", a=np.float32([3]), b=np.float32(5))
     assert list(prediction.Predict(sent).outputs["y"].float_val) == [15]
+    for misspelt in ({"a": np.float32([3]), "bb": np.float32(5)}, {"a": np.float32([3]), "b": 5.0, "c": 1.0}):
+        with pytest.raises(grpc.RpcError) as refused:  # no default stands in for it
+            prediction.Predict(message("scaled", **misspelt))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "input size does not match signature: 3!=2" in refused.value.details()
+    with pytest.raises(grpc.RpcError) as refused:
+        prediction.Predict(message("scaled", a=np.float32([3]), bb=np.float32(5)))
+    text = "Inputs contains invalid name. Used request inputs: a, request input: a,bb"
+    assert refused.value.details() == text
     # REST knows no defaults.
     assert json.loads(rest("POST", "/v1/models/scaled:predict", {"inputs": {"a": [3], "b": 5}})[2]) == {"outputs": [15]}
     status, _, body = rest("POST", "/v1/models/scaled:predict", {"inputs": {"a": [3]}})
@@ -175,6 +184,10 @@ def test_long_errors_are_cut(prediction):
     assert code == "FAILED_PRECONDITION"
     assert len(details) == 1024
     assert details.endswith("...TRUNCATED")
+    code, details = refused(prediction.Predict, changed(signature_name="語" * 2000))
+    assert code == "FAILED_PRECONDITION"
+    assert 1021 < len(details.encode()) <= 1024  # gRPC bounds bytes, and drops what has too many
+    assert details.endswith("語...TRUNCATED")
 
 
 def test_bytes_that_are_no_message_are_refused(channel, prediction):

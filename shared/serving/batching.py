@@ -26,13 +26,13 @@ OVERDUE = "Run() timeout exceeded while waiting in batching queue"
 class Rules:
     """How batches are made; what they mean is in TensorFlow Serving's BatchingParameters."""
 
-    largest: int = MOST  # examples that a request may hold
+    largest: int = MOST  # examples that a request may hold, also one that runs in parts
     wait: float = 0.0  # seconds that a batch waits for more
     waiting: int = 10  # batches' worth of examples that may wait
-    threads: int = 2  # batches that run at a time
+    threads: int = 2  # batches that run at a time, of all that share these
     sizes: tuple[int, ...] = ()  # batches are filled up to one of these
     pad: bool = False  # examples of different shapes are padded to the largest
-    split: bool = False  # a request that is too large runs in parts
+    split: bool = False  # a request of more than run together runs in parts
     run_largest: int = MOST  # examples that run together
 
 
@@ -88,9 +88,13 @@ class _Queue:
 class Batching:
     """Runs requests of one version together; one queue for each set of tensors, shapes and types."""
 
-    def __init__(self, rules: Rules, ran: Callable[[list[float]], None] = lambda waits: None):
-        """`ran` is told of every batch: the seconds that each of its requests waited."""
+    def __init__(self, rules: Rules, ran: Callable[[list[float]], None] = lambda waits: None,
+                 slots: threading.Semaphore | None = None):  # fmt: skip
+        """`ran` is told of every batch: the seconds that each of its requests waited. `slots` are the `rules.threads`
+        that versions with the same rules share; without, this one has as many for itself.
+        """
         self._rules, self._ran = rules, ran
+        self._slots = slots or threading.Semaphore(rules.threads)
         self._queues: dict[tuple, _Queue] = {}
         self._lock = threading.Lock()
 
@@ -107,7 +111,7 @@ class Batching:
         """
         rules = self._rules
         rows = _rows(arrays)
-        if rows > rules.largest and not rules.split:
+        if rows > rules.largest:
             raise invalid(f"Task size {rows} is larger than maximum input batch size {rules.largest}")
         if rows > rules.run_largest:
             return self._in_parts(servable, feeds, fetches, arrays, rows, until)
@@ -162,7 +166,19 @@ class Batching:
                 end = task.at + rules.wait
                 while queue.rows < rules.run_largest and (left := end - time.perf_counter()) > 0:
                     queue.more.wait(left)
-                queue.collecting = False
+        with self._slots:
+            taken = self._take_and_run(servable, queue, task, feeds, fetches)
+        with queue.lock:
+            queue.leaders -= 1
+            self._appoint(queue)
+        for done in taken:
+            done.said.release()
+
+    def _take_and_run(self, servable: Servable, queue: _Queue, task: _Task, feeds: tuple, fetches: tuple
+                      ) -> list[_Task]:  # fmt: skip
+        rules = self._rules
+        with queue.lock:
+            queue.collecting = False
             taken, rows = [], 0
             for one in queue.tasks:
                 if one.leads and one is not task:
@@ -175,11 +191,7 @@ class Batching:
             queue.rows -= rows
             self._appoint(queue)  # what did not fit must not wait until this batch has run
         self._run(servable, taken, rows, feeds, fetches)
-        with queue.lock:
-            queue.leaders -= 1
-            self._appoint(queue)
-        for done in taken:
-            done.said.release()
+        return taken
 
     def _appoint(self, queue: _Queue) -> None:
         """Have the first that waits lead the next batch, if none collects one and a thread is free for it."""

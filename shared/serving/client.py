@@ -296,7 +296,7 @@ class Client(_Methods):
                 results = [self._send(calls[0])] if len(calls) == 1 else self._send_all(calls)
         except StopIteration as end:
             return end.value
-        except ServerError:
+        except Exception:  # also what does not fit: over REST an answer of another version than the one learnt of
             self._learnt.clear()
             raise
 
@@ -339,7 +339,7 @@ class AsyncClient(_Methods):
                 results = [await self._send(calls[0])] if len(calls) == 1 else await self._send_all(calls)
         except StopIteration as end:
             return end.value
-        except ServerError:
+        except Exception:  # also what does not fit: over REST an answer of another version than the one learnt of
             self._learnt.clear()
             raise
 

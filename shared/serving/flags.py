@@ -23,7 +23,7 @@ class Flags:
     grpc_socket_path: str = ""  # listen for gRPC on this UNIX socket too
     rest_api_port: int = 0  # for REST; 0: none
     rest_api_num_threads: int = 0  # that answer REST requests; 0: four a processor
-    rest_api_timeout_in_ms: int = 30_000  # after which a REST request is given up
+    rest_api_timeout_in_ms: int = 30_000  # after which a REST request is given up; 0: never
     rest_api_enable_cors_support: bool = False  # let pages of other origins ask
     model_name: str = "default"  # of the one model at --model-base-path
     model_base_path: str = ""  # folder of the one model, with a folder for each version

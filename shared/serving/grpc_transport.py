@@ -27,13 +27,15 @@ from shared.serving.profiling import Profiler
 from shared.serving.refusal import RefusedError, invalid
 from shared.serving.servable import DEFAULT
 
-MOST_DETAILS = 1024  # characters of an error; TensorFlow Serving cuts what is longer
+MOST_DETAILS = 1024  # bytes of an error; TensorFlow Serving cuts what is longer
 SERVICES = (protocol.PREDICTION, protocol.MODEL)
 log = logging.getLogger("cornucopia.serve")
 
 
 class _Here(threading.local):
-    waited = 0.0  # seconds that the call which this thread runs was in the queue
+    def __init__(self):
+        self.waited = 0.0  # seconds that the call which this thread runs was in the queue
+        self.state = [False]  # whether the call's message is awaited
 
 
 class Pool:
@@ -42,8 +44,9 @@ class Pool:
     Python runs one thread at a time, and the more of them want to, the longer each waits for its turn: for small models
     two threads answer nearly twice as many calls as eight. So as many run as there are processors, and one that is
     about to wait for long, for a large model or a batch, lends its place to another until it is back (`waiting`). Where
-    calls wait and none ends, as when clients open calls and send nothing, more threads are added, up to `STUCK`.
-    `here.waited` tells a call how long it was in the queue.
+    calls wait and none ends while clients have opened calls and send nothing, more threads are added, up to `STUCK`,
+    and taken back. `here.waited` tells a call how long it was in the queue, and `here.state[0]` is for it to put to
+    False when its message has come.
     """
 
     STUCK, LOOK = 256, 0.25
@@ -54,6 +57,8 @@ class Pool:
         self._lock, self._surplus = threading.Lock(), 0
         self._parked: list[threading.Lock] = []  # of each thread that sleeps, the lock that it sleeps on
         self._ended = 0  # calls
+        self._states: list[list[bool]] = []  # of each thread, whether it waits for a call's message
+        self._relieving = 0  # threads that were added for those
         self._closed = threading.Event()
         threading.Thread(target=self._relieve, name="relieve", daemon=True).start()
         for _ in range(min(running, most)):
@@ -94,29 +99,37 @@ class Pool:
     def _relieve(self) -> None:
         before = 0
         while not self._closed.wait(self.LOOK):
-            if self._ended == before and not self._tasks.empty():
-                with self._lock:
+            silent = sum(state[0] for state in self._states)
+            stuck = self._ended == before and not self._tasks.empty() and silent > self._relieving
+            before = self._ended
+            with self._lock:
+                if stuck and (self._parked or self._count < self.STUCK):
+                    self._relieving += 1
                     if self._parked:
                         self._parked.pop().release()
-                    elif self._count < self.STUCK:
+                    else:
                         self._add()
-            before = self._ended
+                elif self._relieving > silent:
+                    self._relieving -= 1
+                    self._surplus += 1
 
     def _add(self) -> None:
         self._count += 1
         threading.Thread(target=self._work, name="answer", daemon=True).start()
 
     def _work(self) -> None:
-        bed = threading.Lock()
+        bed, state = threading.Lock(), [False]
         bed.acquire()
+        self.here.state = state
+        self._states.append(state)
         while (task := self._tasks.get()) is not None:
             came, call, arguments, named = task
-            self.here.waited = time.perf_counter() - came
+            self.here.waited, state[0] = time.perf_counter() - came, True
             try:
                 call(*arguments, **named)
             except Exception:  # a call that fails must not take the thread with it
                 log.exception("a call failed")
-            self._ended += 1
+            self._ended, state[0] = self._ended + 1, False
             del task, call, arguments, named  # what a request held goes with it, not with the next
             if self._surplus:
                 with self._lock:
@@ -255,6 +268,7 @@ class Grpc:
         core, record, waiting, here = self._core, self._core.metrics.request, self._pool.waiting, self._pool.here
 
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+            here.state[0] = False
             begun = time.perf_counter() - here.waited
             stages, code, reply, details = Stages(api, waiting), grpc.StatusCode.OK, None, ""
             stages.queue = here.waited
@@ -401,4 +415,7 @@ def timing(stages: Stages) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MOST_DETAILS else text[: MOST_DETAILS - 12] + "...TRUNCATED"
+    raw = text.encode(errors="replace")
+    if len(raw) <= MOST_DETAILS:
+        return text
+    return raw[: MOST_DETAILS - 12].decode(errors="ignore") + "...TRUNCATED"

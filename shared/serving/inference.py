@@ -77,7 +77,7 @@ class Inference:
                 f"{CLASSIFY}, {REGRESS}}}. Was: {method}",
             )
         outputs = self._run(servable, feeds, fetches, arrays, stages, until)
-        return wanted or servable.outputs[key], outputs
+        return sorted(wanted) or servable.outputs[key], outputs
 
     def _run(self, servable, feeds, fetches, arrays, stages, until) -> list[np.ndarray]:
         if until is not None and time.monotonic() > until:

@@ -126,10 +126,10 @@ def _scalar(text: str, start: int) -> tuple[Any, int]:
         raise _broken(text, "Invalid escape character in string.", end)
     for word, value in (("null", None), ("true", True), ("false", False)):
         if text.startswith(word[0], start):
-            read = next((index for index in range(len(word)) if text[start + index :][:1] != word[index]), len(word))
-            if read < len(word):
-                raise _broken(text, "Invalid value.", start + read)
-            return value, start + read
+            if text.startswith(word, start):
+                return value, start + len(word)
+            read = next(index for index in range(len(word)) if not text.startswith(word[: index + 1], start))
+            raise _broken(text, "Invalid value.", start + read)
     if found := _CONSTANT.match(text, start):
         return (math.nan if found[2] == "NaN" else float(found[1] + "inf")), found.end()
     found = _NUMBER.match(text, start)

@@ -130,10 +130,10 @@ class Rest:
             elif request.raw_path not in HEALTH:
                 self._core.gate.check(token)
             sent = await self._body(request)
-            until, handed = time.monotonic() + self._seconds, time.perf_counter()
+            until, handed = time.monotonic() + self._seconds if self._seconds > 0 else None, time.perf_counter()
             pool = None if watched else self._pool  # the loop's own
             work = self._loop.run_in_executor(pool, self._answer, request, sent, stages, until, handed)
-            code, kind, body = await asyncio.wait_for(asyncio.shield(work), self._seconds + SLACK)
+            code, kind, body = await asyncio.wait_for(asyncio.shield(work), until and self._seconds + SLACK)
             status = "OK"
         except RefusedError as error:
             status, code = error.code.name, rest_json.HTTP_STATUS.get(error.code, 500)
@@ -195,7 +195,7 @@ class Rest:
         return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     def _answer(
-        self, request: web.BaseRequest, body: bytes, stages: Stages, until: float, handed: float
+        self, request: web.BaseRequest, body: bytes, stages: Stages, until: float | None, handed: float
     ) -> tuple[int, str, bytes]:
         """HTTP status, type and body of the answer to what was handed over at a time of `perf_counter`."""
         stages.queue = time.perf_counter() - handed
@@ -230,7 +230,8 @@ class Rest:
             return 200, "application/json", rest_json.write_metadata(self._core.inference.metadata(asked))
         return 200, "application/json", rest_json.write_status(self._core.models.status(spec))
 
-    def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages, until: float) -> bytes:
+    def _inference(self, verb: str, spec: protocol.ModelSpec, body: bytes, stages: Stages, until: float | None
+                   ) -> bytes:  # fmt: skip
         core, stages.api = self._core, verb
         begun = time.perf_counter()
         recorder = core.sample()

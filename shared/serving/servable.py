@@ -173,7 +173,7 @@ class Servable:
         """Check a Predict request's inputs and outputs against a signature.
 
         Returns:
-            The tensors' names to feed and to fetch, and the arrays to feed in that order.
+            The tensors' names to feed and to fetch, by rising aliases, and the arrays to feed in that order.
 
         Raises:
             RefusedError: as TensorFlow Serving refuses.
@@ -211,6 +211,9 @@ class Servable:
                 raise invalid(f"Signature input alias: {alias}(feed name: {definition.inputs[alias].name}) not found "
                               f"in request and no default value provided. Inputs expected to be in the set "
                               f"{{{','.join(sorted(known))}}}.")  # fmt: skip
+        if sent - known:  # misspelt, as likely as not, and a default must not stand in for it
+            raise invalid(f"Inputs contains invalid name. Used request inputs: {','.join(sorted(sent & known))}, "
+                          f"request input: {','.join(sorted(sent))}")  # fmt: skip
         return complete
 
     def answer(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray],
@@ -397,7 +400,8 @@ def _filtered(definition: SignatureDef, wanted: Sequence[str]) -> tuple:
                           f"{{{','.join(sorted(definition.outputs))}}}.")  # fmt: skip
         if alias in wanted[:position]:
             raise invalid(f"duplicate output tensor alias: {alias}")
-    return tuple(definition.outputs[alias].name for alias in wanted)
+    # In one order, whichever they are asked for in: each way to run takes memory of its own.
+    return tuple(definition.outputs[alias].name for alias in sorted(wanted))
 
 
 def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, **run_options) -> Callable | None:

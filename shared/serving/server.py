@@ -50,6 +50,7 @@ class Server:
         self.flags = flags
         self._rules = batching.rules(_read(flags.batching_parameters_file, protocol.BatchingParameters),
                                      threads=processors()) if flags.enable_batching else None  # fmt: skip
+        self._slots = threading.Semaphore(self._rules.threads) if self._rules else None  # that all versions share
         self._metrics, self._rest, self._grpc = Metrics(), None, None
         self._configuring, self._known = threading.Lock(), self._config(flags)  # what was configured last, but by gRPC
         path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file
@@ -104,7 +105,7 @@ class Server:
             self.port = self._grpc.bind(f"{shown}:{max(flags.port, 0)}", self._credentials)
             self.address = f"{shown}:{self.port}"
         if flags.grpc_socket_path:
-            self._grpc.bind(f"unix:{flags.grpc_socket_path}")
+            self._grpc.bind(f"unix:{flags.grpc_socket_path}", self._credentials)
         if flags.rest_api_port:
             monitoring = _read(flags.monitoring_config_file, protocol.MonitoringConfig).prometheus_config
             wanted = monitoring.enable or not flags.monitoring_config_file
@@ -157,7 +158,8 @@ class Server:
         if flags.enable_batching and flags.enable_per_model_batching_parameters and own.exists():
             rules = batching.rules(_read(str(own), protocol.BatchingParameters), threads=processors())
         if rules is not None:
-            servable.batching = batching.Batching(rules, self._metrics.batch)
+            slots = self._slots if rules is self._rules else None
+            servable.batching = batching.Batching(rules, self._metrics.batch, slots)
         if flags.enable_model_warmup:
             begun = time.perf_counter()
             if self._warm_up(servable):
