@@ -435,7 +435,9 @@ def test_batching_in_a_server(tree, tmp_path):
 
 
 def test_a_config_file_leaves_no_say_to_the_flags_of_one_model(tree, tmp_path):
-    (tmp_path / "config").write_text(f'model_config_list {{ config {{ name: "a" base_path: "{tree / "affine"}" }} }}')
+    (tmp_path / "config").write_text(
+        f'model_config_list {{ config {{ name: "a" base_path: "{tree / "affine"}" model_platform: "tensorflow" }} }}'
+    )
     both = {"model_config_file": str(tmp_path / "config"), "model_name": "b", "model_base_path": str(tree / "affine")}
     with server.Server(Flags(port=-1, **both)) as one:
         assert set(one.core.models.served()) == {"a"}
