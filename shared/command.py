@@ -292,7 +292,8 @@ def _train(words: list[str]) -> None:
 
 
 def _launch(words: list[str]) -> None:
-    at = next((place for place, word in enumerate(words) if word in tasks()), 0)  # flags may stand before it
+    named = [place for place, word in enumerate(words) if word in tasks()]  # flags may stand before it
+    at = (named or [place for place, word in enumerate(words) if not word.startswith("-")] or [0])[0]
     task, words = _named([*words[at : at + 1], *words[:at], *words[at + 1 :]], "launch")
     flags, rest = tyro.cli(Launch, args=words, prog=f"cornucopia launch {task}", return_unknown_args=True)
     if flags.workers < 1:

@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from conftest import until
 from google.protobuf import text_format
 
 from shared.serving import batching, protocol
-from shared.serving.batching import Batching, Rules
+from shared.serving.batching import Batching, Rules, Slots
 from shared.serving.refusal import RefusedError, invalid
 
 FEEDS, FETCHES = ("x:0",), ("y:0",)
@@ -152,7 +153,7 @@ def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
 
 
 def test_all_queues_of_all_versions_share_the_threads():
-    slots, lock, now, most = threading.Semaphore(2), threading.Lock(), [0], [0]
+    slots, lock, now, most = Slots(2), threading.Lock(), [0], [0]
 
     class Slow(Version):
         def answer(self, feeds, fetches, arrays, until):
@@ -176,6 +177,42 @@ def test_all_queues_of_all_versions_share_the_threads():
     for thread in asking:
         thread.join()
     assert most == [2]
+
+
+def test_slots_go_to_who_waited_longest():
+    slots, order = Slots(1), []
+    assert slots.acquire(0)
+
+    def wait(number, timeout):
+        if slots.acquire(timeout):
+            order.append(number)
+            slots.release()
+
+    waiting = []
+    for number, timeout in enumerate((-1, 0.05, -1)):
+        waiting.append(threading.Thread(target=wait, args=(number, timeout)))
+        waiting[-1].start()
+        until(lambda: len(slots._waiting) == len(waiting))
+    waiting[1].join()  # its time was over
+    slots.release()
+    for thread in waiting:
+        thread.join()
+    assert order == [0, 2]
+
+
+def test_who_waits_for_a_slot_in_vain_is_told():
+    slots, busy, idle = Slots(1), Version(), Version(0)
+    one, other = (Batching(Rules(threads=1), slots=slots) for _ in range(2))
+    long = threading.Thread(target=one.run, args=(busy, FEEDS, FETCHES, [row(1)]))
+    long.start()
+    until_there(one, busy, 1)
+    with pytest.raises(RefusedError, match="timeout exceeded while waiting in batching queue") as error:
+        other.run(idle, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
+    assert error.value.code.name == "RESOURCE_EXHAUSTED"
+    assert not idle.batches
+    busy.go.set()
+    long.join()
+    assert other.run(idle, FEEDS, FETCHES, [row(3)], time.monotonic() + 60)[0][0].tolist() == [[6, 6]]
 
 
 def test_large_requests():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from shared import data
+from shared import data, run
 from shared.data import archives, idx, images, named, tables
 from shared.data.audit import audit
 from shared.data.divide import divide
@@ -132,7 +132,7 @@ def test_tables(tmp_path):
         ("a.csv", 'label,text\npos,"good\nneg,bad\n', "line 3: unexpected end of data; a field that begins with"),
         ("a.csv", 'label,text\npos,"good" film\n', "line 2: ',' expected after '\"'"),
         ("a.tsv", 'text\tlabel\n"good\tpos\nbad "film"\tneg\n', "a field that begins with a quotation mark"),
-        ("a.tsv", 'text\tlabel\n"good\tpos\nbad"\tneg\n', "line 3: a field with tabs in it"),
+        ("a.tsv", 'text\tlabel\n"good\tpos\nbad"\tneg\n', "line 3: a field of several lines with tabs in it"),
     ],
 )
 def test_rows_that_would_be_cut_or_merged_are_refused(tmp_path, name, text, message):
@@ -145,8 +145,10 @@ def test_cells_may_be_long_and_columns_may_be_quoted(tmp_path):
     long = "word " * 100_000
     (tmp_path / "a.csv").write_text(f'"text","label","split"\n"{long}","x","test"\n\n"b","y","train"\n')
     assert tables.labelled(tmp_path / "a.csv", "text") == [(long, "x", "test"), ("b", "y", "train")]
-    (tmp_path / "a.tsv").write_text('text\tlabel\n"two\nlines"\tx\n')
-    assert tables.labelled(tmp_path / "a.tsv", "text") == [("two\nlines", "x", "")]
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"two\nlines"\tx\n"two\ttabs"\ty\n')
+    assert tables.labelled(tmp_path / "a.tsv", "text") == [("two\nlines", "x", ""), ("two\ttabs", "y", "")]
+    (tmp_path / "b.csv").write_text("text,label,note\na,x,,\nb,y\n")  # what is missing is not asked for
+    assert tables.labelled(tmp_path / "b.csv", "text") == [("a", "x", ""), ("b", "y", "")]
 
 
 @pytest.mark.parametrize("form", ["zip", "tar.gz"])
@@ -189,11 +191,15 @@ def test_a_damaged_tar_is_not_read_as_a_shorter_one(pictures, tmp_path, form):
         packed.write_bytes(content)
         with pytest.raises(ValueError, match=r"is a broken archive"):
             archives.names(packed)
+    if form == "tar.gz":
+        packed.write_bytes(whole + b"what somebody put behind it")
+        assert len(archives.names(packed)) == 60
 
 
-def test_a_damaged_file_of_a_zip_is_named_and_can_be_skipped(pictures, tmp_path):
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_file_of_a_zip_is_named_and_can_be_skipped(pictures, tmp_path, method):
     folder, packed = pictures(), tmp_path / "pictures.zip"
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(packed, "w", method) as archive:
         for file in sorted(folder.rglob("*.png")):
             archive.write(file, file.relative_to(folder))
         hurt = archive.getinfo("dark/3.png")
@@ -206,6 +212,23 @@ def test_a_damaged_file_of_a_zip_is_named_and_can_be_skipped(pictures, tmp_path)
     found = images.read(packed, **{**READ, "on_error": "skip"})
     assert len(found.labels) == 59
     assert found.unreadable[0].startswith("dark/3.png: ")
+
+
+def test_a_checksum_tells_that_data_changed(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / os.fsdecode(b"caf\xe9.txt")).write_text("one")  # a name that is no UTF-8
+
+    def checksum():
+        return run.checksum(run.Config(data=str(tmp_path / "data")))
+
+    before = checksum()
+    (tmp_path / "data" / ".DS_Store").write_text("clutter")
+    assert checksum() == before
+    (tmp_path / "data" / "a" / "b.txt").write_text("two")
+    more = checksum()
+    (tmp_path / "data" / "a" / "b.txt").rename(tmp_path / "data" / "a" / "c.txt")
+    assert len({before, more, checksum()}) == 3
+    assert run.checksum(run.Config(data="banking77")) == run.checksum(run.Config()) == ""
 
 
 # Pictures.

@@ -19,6 +19,7 @@ import pytest
 import serving_models
 import tensorflow as tf
 from conftest import ready_line, started, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.serving import flags, grpc_transport, inference, load, profiling, protocol, rest, server, tensors
 from shared.serving.client import Client, ServerError
@@ -1157,6 +1158,9 @@ def test_so_many_threads_answer(tree, monkeypatch, most, over_rest):
             for thread in asking:
                 thread.start()
             until(lambda: len(seen) == most)
+            with grpc.insecure_channel(one.address) as channel:  # who watches over it waits for none of these
+                checked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+            assert checked.status == health_pb2.HealthCheckResponse.SERVING
             time.sleep(0.3)  # in which a further thread would take the next call
             assert max(seen) == most
             go.set()

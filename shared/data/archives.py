@@ -1,5 +1,6 @@
 """Files of a folder, a zip or a tar archive by name, without unpacking anything."""
 
+import gzip
 import lzma
 import tarfile
 import zipfile
@@ -41,7 +42,7 @@ def names(path: Path) -> list[str]:
                     found = [member.name.removeprefix("./") for member in archive if member.isfile()]
                     _at_end(archive)
         except (*BROKEN, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the file system; a decompressor's has no number
+            if _of_the_disk(error):
                 raise
             raise ValueError(f"{path} is a broken archive ({error}); get it again") from error
     return sorted(name for name in found if not _is_clutter(name))
@@ -52,8 +53,17 @@ def _at_end(archive: tarfile.TarFile) -> None:
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("damaged or cut off")
-    while archive.fileobj.read(1 << 20):  # to where a compressed file holds its checksum
-        pass
+    try:
+        while archive.fileobj.read(1 << 20):  # to where a compressed file holds its checksum
+            pass
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):  # what stands behind the whole of it is nobody's business
+            raise
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether it is an error of the file system; a decompressor's has no number."""
+    return getattr(error, "errno", None) is not None
 
 
 def contents(path: Path, wanted: list[str], *, broken: dict[str, str]) -> Iterator[tuple[str, bytes]]:
@@ -70,7 +80,9 @@ def contents(path: Path, wanted: list[str], *, broken: dict[str, str]) -> Iterat
             for name in wanted:
                 try:
                     content = archive.read(name)
-                except BROKEN as error:
+                except (*BROKEN, OSError) as error:
+                    if _of_the_disk(error):
+                        raise
                     broken[name] = str(error)
                 else:
                     yield name, content

@@ -1,7 +1,7 @@
 """Pictures with a class each: a folder or archive with one sub-folder a class, or a table of files and labels.
 
-Where the upper folders are `train` and `test` (and `validation` or `val`) they are the splits; else the pictures are
-split by the seed, with every class in each part.
+Where the upper folders are splits, `train` and `test` or `validation` (`val`), they are taken so; what they leave out
+is drawn by the seed, with every class in each part.
 """
 
 import dataclasses

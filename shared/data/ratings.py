@@ -85,9 +85,10 @@ def _table(path: Path) -> Iterator[tuple[int, str, str, str]]:
     if not {"user", "item"} <= set(at):
         raise ValueError(f"{path}: expected a first line that names user and item (rating and timestamp, if there are "
                          f"any), found {','.join(head)[:60] or 'an empty file'}")  # fmt: skip
+    places = [at[name] for name in ("user", "item", "timestamp") if name in at]
     for number, row in rows:
-        time = row[at["timestamp"]] if "timestamp" in at else str(number)
-        yield number, row[at["user"]].strip(), row[at["item"]].strip(), time
+        user, item, *time = tables.pick(path, number, row, places, head)
+        yield number, user.strip(), item.strip(), time[0] if time else str(number)
 
 
 def in_order(users: list[str], items: list[str], times: np.ndarray) -> Ratings:

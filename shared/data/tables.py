@@ -15,8 +15,8 @@ def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     else commas. Rows without anything are passed over.
 
     Raises:
-        ValueError: a row has more or fewer cells than the first, a quotation mark is not closed, or the text is not
-            UTF-8; says where.
+        ValueError: a row has more cells than the first, a quotation mark is not closed, or the text is not UTF-8; says
+            where.
     """
     tabs = path.suffix.lower() == ".tsv"
     head = 0
@@ -28,12 +28,12 @@ def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 if not row:
                     continue
                 head = head or len(row)
-                if len(row) != head:
+                if any(row[head:]):  # what is empty there is no harm
                     raise ValueError(f"{path}, line {number}: {len(row)} fields, the first line names {head}")
-                # From a mark that nothing closes to the next one all is one cell, tabs too.
-                if tabs and any("\t" in cell for cell in row):
-                    raise csv.Error("a field with tabs in it")
-                yield number, row
+                # From a mark that nothing closes to the next one all is one cell, with its tabs and ends of lines.
+                if tabs and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
+                    raise csv.Error("a field of several lines with tabs in it")
+                yield number, row[:head]
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num}: {error}; a field that begins with a quotation mark ends with one, and "
@@ -43,11 +43,18 @@ def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path} is not UTF-8 ({error}); convert it, e.g. iconv -f latin1 -t utf8") from error
 
 
+def pick(path: Path, number: int, row: list[str], at: list[int], head: list[str]) -> tuple[str, ...]:
+    """The cells of a row at some places; ValueError where it is too short for them."""
+    if len(row) <= max(at):
+        raise ValueError(f"{path}, line {number}: {len(row)} fields, the first line names {len(head)}")
+    return tuple(row[place] for place in at)
+
+
 def read(path: Path, columns: tuple[str, ...], *, perhaps: str = "") -> list[tuple[str | None, ...]]:
     """The named columns of a table with a header line, row by row, and `perhaps` one more: None where there is none.
 
     Raises:
-        ValueError: a column is missing, or as `rows`.
+        ValueError: a column is missing, a row is too short, or as `rows`.
     """
     lines = rows(path)
     _, head = next(lines, (0, []))
@@ -57,11 +64,10 @@ def read(path: Path, columns: tuple[str, ...], *, perhaps: str = "") -> list[tup
             f"{path} has no column {', '.join(missing)}; expected a first line that names {', '.join(columns)}, found "
             f"{', '.join(head) or 'an empty file'}"
         )
-    at = [head.index(column) for column in columns]
-    more = head.index(perhaps) if perhaps in head else None
-    if not perhaps:
-        return [tuple(row[place] for place in at) for _, row in lines]
-    return [(*(row[place] for place in at), None if more is None else row[more]) for _, row in lines]
+    has = perhaps in head
+    at = [head.index(column) for column in (*columns, *[perhaps] * has)]
+    absent = (None,) * (bool(perhaps) and not has)
+    return [pick(path, number, row, at, head) + absent for number, row in lines]
 
 
 def labelled(path: Path, column: str) -> list[tuple[str, str, str]]:

@@ -3,11 +3,13 @@
 The first to come leads: it takes what waits, runs it as one, hands out the answers, and gives the lead on. So without
 a wait a lone request runs at once, in its own thread, and a batch is what came while the one before it ran. With a
 wait one leader at a time collects: all that come join its batch, until that is full or its first request has waited.
+A leader also needs one of the slots that all versions share; it takes its batch when it has one.
 """
 
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +66,39 @@ def rules(text: BatchingParameters, *, threads: int) -> Rules:
     return found
 
 
+class Slots:
+    """Places for batches that run at a time, taken in the order in which they are asked for."""
+
+    def __init__(self, count: int):
+        self._lock, self._free = threading.Lock(), count
+        self._waiting: deque[threading.Lock] = deque()  # each is let go when its owner's turn has come
+
+    def acquire(self, timeout: float) -> bool:
+        """Take a place, at once or within some seconds; -1: however long that takes."""
+        with self._lock:
+            if self._free and not self._waiting:
+                self._free -= 1
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        if turn.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            if turn not in self._waiting:  # it came in the same moment
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def release(self) -> None:
+        """Give a place back, to who has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+
 class _Task:
     __slots__ = ("answer", "arrays", "at", "error", "leads", "rows", "run", "said", "together", "until")
 
@@ -89,12 +124,12 @@ class Batching:
     """Runs requests of one version together; one queue for each set of tensors, shapes and types."""
 
     def __init__(self, rules: Rules, ran: Callable[[list[float]], None] = lambda waits: None,
-                 slots: threading.Semaphore | None = None):  # fmt: skip
+                 slots: Slots | None = None):  # fmt: skip
         """`ran` is told of every batch: the seconds that each of its requests waited. `slots` are the `rules.threads`
         that versions with the same rules share; without, this one has as many for itself.
         """
         self._rules, self._ran = rules, ran
-        self._slots = slots or threading.Semaphore(rules.threads)
+        self._slots = slots or Slots(rules.threads)
         self._queues: dict[tuple, _Queue] = {}
         self._lock = threading.Lock()
 
@@ -129,8 +164,9 @@ class Batching:
             self._appoint(queue)
             if queue.collecting and queue.rows >= rules.run_largest:
                 queue.more.notify()
-        left = -1 if until is None else max(0.0, until - time.monotonic())
-        if not task.said.acquire(timeout=left):  # of one that leads it is let go at once, and again with its answer
+        if not task.said.acquire(
+            timeout=_left(task)
+        ):  # of one that leads it is let go at once, and again with its answer
             with queue.lock:
                 if task in queue.tasks and not task.leads:
                     queue.tasks.remove(task)
@@ -166,8 +202,18 @@ class Batching:
                 end = task.at + rules.wait
                 while queue.rows < rules.run_largest and (left := end - time.perf_counter()) > 0:
                     queue.more.wait(left)
-        with self._slots:
-            taken = self._take_and_run(servable, queue, task, feeds, fetches)
+        taken = [task]
+        if self._slots.acquire(_left(task)):
+            try:
+                taken = self._take_and_run(servable, queue, task, feeds, fetches)
+            finally:
+                self._slots.release()
+        else:
+            task.error = RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, OVERDUE)
+            with queue.lock:
+                queue.collecting = False
+                queue.tasks.remove(task)
+                queue.rows -= task.rows
         with queue.lock:
             queue.leaders -= 1
             self._appoint(queue)
@@ -182,7 +228,7 @@ class Batching:
             taken, rows = [], 0
             for one in queue.tasks:
                 if one.leads and one is not task:
-                    continue  # it is waking up, to lead a batch of its own
+                    continue  # it wakes up, or waits for a slot, to lead a batch of its own
                 if rows + one.rows > rules.run_largest:
                     break
                 taken.append(one)
@@ -246,6 +292,11 @@ class Batching:
                  for at in range(0, rows, size)]  # fmt: skip
         outputs = [np.concatenate(pieces) for pieces in zip(*[part[0] for part in parts], strict=True)]
         return outputs, sum(part[1] for part in parts), max(part[2] for part in parts)
+
+
+def _left(task: _Task) -> float:
+    """Seconds until a request's time is over, as locks take them; -1 where it has any time."""
+    return -1 if task.until == math.inf else max(0.0, task.until - time.monotonic())
 
 
 def _bare(error: Exception) -> Exception:

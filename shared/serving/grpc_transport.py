@@ -77,7 +77,7 @@ class Pool:
                 self._surplus -= 1
             elif self._parked:
                 self._parked.pop().release()
-            elif self._count < self._most:
+            elif self._count - self._relieving < self._most:
                 self._add()
             else:
                 lent = False  # all there may be are awake: there is nobody to sleep afterwards
@@ -227,6 +227,10 @@ class Grpc:
             self._server.add_registered_method_handlers(service, handlers)
             self._door.calls |= {f"/{service}/{name}": call for name, call in calls.items()}
         self.health = health.HealthServicer()
+        # Who watches over a busy server is not to wait for a thread behind what keeps it busy.
+        self._checking = ThreadPoolExecutor(16, thread_name_prefix="health")
+        self.health.Check = functools.partial(self.health.Check)
+        self.health.Check.experimental_thread_pool = self._checking
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         for module in (health_pb2, reflection_pb2):
             protocol.add(module.DESCRIPTOR.serialized_pb)
@@ -261,6 +265,7 @@ class Grpc:
         """Let the threads go, once what `stop` returns is set."""
         self._pool.close()
         self._door.close()
+        self._checking.shutdown(wait=False)
 
     # Calls: bytes -> bytes.
 

@@ -50,7 +50,7 @@ class Server:
         self.flags = flags
         self._rules = batching.rules(_read(flags.batching_parameters_file, protocol.BatchingParameters),
                                      threads=processors()) if flags.enable_batching else None  # fmt: skip
-        self._slots = threading.Semaphore(self._rules.threads) if self._rules else None  # that all versions share
+        self._slots = batching.Slots(self._rules.threads) if self._rules else None  # that all versions share
         self._metrics, self._rest, self._grpc = Metrics(), None, None
         self._configuring, self._known = threading.Lock(), self._config(flags)  # what was configured last, but by gRPC
         path, rest_path = flags.ssl_config_file, flags.rest_ssl_config_file

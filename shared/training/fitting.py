@@ -188,6 +188,8 @@ class _Keeper(keras.callbacks.Callback):
     def restore(self) -> None:
         """Take up the newest whole checkpoint of the run, if there is one; one that is damaged is named and left."""
         for folder in sorted(self.config.folder.glob("checkpoint-*"), key=_place, reverse=True):
+            if self.whole and _place(folder)[1]:  # of an earlier version of this program
+                continue
             try:
                 state = json.loads((folder / "state.json").read_text())
                 if state["best_epoch"] != state["epoch"] - 1 and state["history"]:
