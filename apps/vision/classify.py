@@ -100,7 +100,7 @@ def _read(config: Config) -> tuple[images.Pictures, dict[str, str]]:
         about = {"data": "digits", "protocol": "every tenth as the seed draws them, stratified",
                  "source": "scikit-learn's copy of the test set of UCI Optical Recognition of Handwritten Digits",
                  "licence": "CC BY 4.0", "citation": "Alpaydin & Kaynak 1998",
-                 "limits": f"{limits} These digits fill the picture: cut one out to its edges before you ask."}  # fmt: skip
+                 "limits": f"{limits} These digits fill the picture: cut yours out to its edges."}  # fmt: skip
         names = tuple(str(name) for name in digits.target_names)
         return _sized(config, pixels, digits.target, splits, names, channels), about
     if config.data == "fashion-mnist":
