@@ -128,7 +128,7 @@ def run(task_name: str, task: ModuleType, config: Config) -> dict[str, Any]:
     candidate = export.write(endpoint, settled, task_name, splits.request)
     with export.removed_on_failure(candidate):
         report["served"] = checking.check(candidate, endpoint, task_name, splits.request)
-    about = {**splits.about, **({"checksum": read} if read else {})}
+    about = {**splits.about, "checksum": read}
     version = export.publish(candidate, model=model, task=task, report=report, about=about)
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=1))
     training.workers.meet(training.strategy(config.strategy))
@@ -275,14 +275,13 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
 
     version, extra = _saved(task_name, flags)
     saved = json.loads((extra / "config.json").read_text())["config"]
-    learned = {key: value for key, value in saved.items() if key not in training.FREE}  # not how and where it was
     given, taught = saved["data"] if flags.data is None else flags.data, saved["data"]
     paths = [Path(data) for data in (given, taught) if data and Path(data).exists()]
     own = given == taught or (len(paths) == 2 and paths[0].samefile(paths[1]))
     changes = {"data": given, "on_error": saved["on_error"] if own else flags.on_error, "runs": flags.runs,
                "saved_models": flags.saved_models, "batch": 1}  # fmt: skip
-    if not own:
-        learned = {key: value for key, value in learned.items() if key not in task.Config.PART}
+    other = training.FREE if own else (*training.FREE, *task.Config.PART)  # how and where it was learned
+    learned = {key: value for key, value in saved.items() if key not in other}
     config = training.begin(f"{task_name}-evaluate", task.Config(**{**learned, **changes}))
     report = json.loads((extra / "metrics.json").read_text())
     names = report["names"]

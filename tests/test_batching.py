@@ -1,5 +1,6 @@
 """Requests that run together, against a stand-in for a version that says what ran."""
 
+import contextlib
 import math
 import threading
 import time
@@ -152,6 +153,24 @@ def test_other_shapes_wait_in_other_queues_unless_they_are_padded():
     assert answers[1].shape == (1, 3)
 
 
+@contextlib.contextmanager
+def busy(together, version):
+    """While this block lasts, a version runs."""
+    long = threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)]))
+    long.start()
+    until_there(together, version, 1)
+    yield
+    version.go.set()
+    long.join()
+
+
+def overdue(together, version):
+    """A request waits in vain, and is told."""
+    with pytest.raises(RefusedError, match="timeout exceeded while waiting in batching queue") as error:
+        together.run(version, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
+    assert error.value.code.name == "RESOURCE_EXHAUSTED"
+
+
 def test_all_queues_of_all_versions_share_the_threads():
     slots, lock, now, most = Slots(2), threading.Lock(), [0], [0]
 
@@ -188,12 +207,12 @@ def test_slots_go_to_who_waited_longest():
             order.append(number)
             slots.release()
 
-    waiting = []
-    for number, timeout in enumerate((-1, 0.05, -1)):
-        waiting.append(threading.Thread(target=wait, args=(number, timeout)))
-        waiting[-1].start()
-        until(lambda: len(slots._waiting) == len(waiting))
-    waiting[1].join()  # its time was over
+    waiting = [threading.Thread(target=wait, args=(number, -1)) for number in (0, 2)]
+    waiting[0].start()
+    until(lambda: len(slots._waiting) == 1)
+    wait(1, 0.05)  # its time is over
+    waiting[1].start()
+    until(lambda: len(slots._waiting) == 2)
     slots.release()
     for thread in waiting:
         thread.join()
@@ -201,17 +220,11 @@ def test_slots_go_to_who_waited_longest():
 
 
 def test_who_waits_for_a_slot_in_vain_is_told():
-    slots, busy, idle = Slots(1), Version(), Version(0)
+    slots, idle = Slots(1), Version(0)
     one, other = (Batching(Rules(threads=1), slots=slots) for _ in range(2))
-    long = threading.Thread(target=one.run, args=(busy, FEEDS, FETCHES, [row(1)]))
-    long.start()
-    until_there(one, busy, 1)
-    with pytest.raises(RefusedError, match="timeout exceeded while waiting in batching queue") as error:
-        other.run(idle, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
-    assert error.value.code.name == "RESOURCE_EXHAUSTED"
+    with busy(one, Version()):
+        overdue(other, idle)
     assert not idle.batches
-    busy.go.set()
-    long.join()
     assert other.run(idle, FEEDS, FETCHES, [row(3)], time.monotonic() + 60)[0][0].tolist() == [[6, 6]]
 
 
@@ -251,25 +264,18 @@ def test_outputs_must_have_a_row_for_each_example():
 
 def test_a_full_queue_and_a_deadline_refuse():
     version, together = Version(), Batching(Rules(threads=1, waiting=1, largest=2, run_largest=2))
-    busy = [threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)])) for _ in range(3)]
-    for count, thread in enumerate(busy, 1):
+    asking = [threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)])) for _ in range(3)]
+    for count, thread in enumerate(asking, 1):
         thread.start()
         until_there(together, version, count)
     with pytest.raises(RefusedError, match="batch scheduling queue to which this task was submitted is full") as error:
         together.run(version, FEEDS, FETCHES, [row(2)])
     assert error.value.code.name == "UNAVAILABLE"
     version.go.set()
-    for thread in busy:
+    for thread in asking:
         thread.join()
-    version = Version()
-    busy = threading.Thread(target=together.run, args=(version, FEEDS, FETCHES, [row(1)]))
-    busy.start()
-    until_there(together, version, 1)
-    with pytest.raises(RefusedError, match="timeout exceeded while waiting in batching queue") as error:
-        together.run(version, FEEDS, FETCHES, [row(2)], time.monotonic() + 0.05)
-    assert error.value.code.name == "RESOURCE_EXHAUSTED"
-    version.go.set()
-    busy.join()
+    with busy(together, version := Version()):
+        overdue(together, version)
 
 
 @pytest.mark.parametrize(("seconds", "most"), [((200, 300), 300), ((200, None), math.inf)])

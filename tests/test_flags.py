@@ -477,7 +477,7 @@ def test_threads_help_out_only_where_clients_are_silent(monkeypatch, seconds):
     lock, now, seen, come, ended = threading.Lock(), [0], [], threading.Event(), []
 
     def call(pause):
-        pool.here.state[0] = False  # as what answers does, whose message is there
+        pool.heard()  # as what answers tells
         with lock:
             now[0] += 1
             seen.append(now[0])

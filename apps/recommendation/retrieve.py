@@ -455,7 +455,7 @@ def baseline(config: Config, splits: data.Splits) -> dict[str, metrics.Measured]
     best = max(found, key=found.get)
     had, targets = _questions(splits.test)
     result = {}
-    for penalty in (0, best or 300)[: len(penalties)]:
+    for penalty in [one for one in (0, best or 300) if one in penalties]:
         result[penalty] = retrieval(_ease(had, penalty), targets, had.mean(0), top=TOP)
         name = f"EASE, penalty {penalty}" if penalty else "popularity"
         run.say(

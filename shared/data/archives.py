@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-# What a damaged archive or member raises; RuntimeError is an encrypted one's, NotImplementedError an unknown method's.
-BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError)
+# What a damaged archive or member raises. RuntimeError: it is encrypted, or packed by a method that is not known here.
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError)
 
 
 def is_archive(path: Path) -> bool:
@@ -41,7 +41,7 @@ def names(path: Path) -> list[str]:
                 with tarfile.open(path) as archive:
                     found = [member.name.removeprefix("./") for member in archive if member.isfile()]
                     _at_end(archive)
-        except (*BROKEN, OSError) as error:
+        except BROKEN as error:
             if _of_the_disk(error):
                 raise
             raise ValueError(f"{path} is a broken archive ({error}); get it again") from error
@@ -80,7 +80,7 @@ def contents(path: Path, wanted: list[str], *, broken: dict[str, str]) -> Iterat
             for name in wanted:
                 try:
                     content = archive.read(name)
-                except (*BROKEN, OSError) as error:
+                except BROKEN as error:
                     if _of_the_disk(error):
                         raise
                     broken[name] = str(error)

@@ -79,15 +79,14 @@ def _movielens(path: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _table(path: Path) -> Iterator[tuple[int, str, str, str]]:
-    rows = tables.rows(path)
-    _, head = next(rows, (0, []))
-    at = {COLUMNS[name.strip().lower()]: place for place, name in enumerate(head) if name.strip().lower() in COLUMNS}
-    if not {"user", "item"} <= set(at):
-        raise ValueError(f"{path}: expected a first line that names user and item (rating and timestamp, if there are "
-                         f"any), found {','.join(head)[:60] or 'an empty file'}")  # fmt: skip
-    places = [at[name] for name in ("user", "item", "timestamp") if name in at]
-    for number, row in rows:
-        user, item, *time = tables.pick(path, number, row, places, head)
+    def choose(head: list[str]) -> list[int]:
+        at = {COLUMNS.get(name.strip().lower()): place for place, name in enumerate(head)}
+        if not {"user", "item"} <= set(at):
+            raise ValueError(f"{path}: expected a first line that names user and item (rating and timestamp, if there "
+                             f"are any), found {','.join(head)[:60] or 'an empty file'}")  # fmt: skip
+        return [at[name] for name in ("user", "item", "timestamp") if name in at]
+
+    for number, (user, item, *time) in tables.rows(path, choose):
         yield number, user.strip(), item.strip(), time[0] if time else str(number)
 
 

@@ -164,9 +164,8 @@ class Batching:
             self._appoint(queue)
             if queue.collecting and queue.rows >= rules.run_largest:
                 queue.more.notify()
-        if not task.said.acquire(
-            timeout=_left(task)
-        ):  # of one that leads it is let go at once, and again with its answer
+        # Of one that leads it is let go at once, and again with its answer.
+        if not task.said.acquire(timeout=_left(task)):
             with queue.lock:
                 if task in queue.tasks and not task.leads:
                     queue.tasks.remove(task)

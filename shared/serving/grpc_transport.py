@@ -33,9 +33,7 @@ log = logging.getLogger("cornucopia.serve")
 
 
 class _Here(threading.local):
-    def __init__(self):
-        self.waited = 0.0  # seconds that the call which this thread runs was in the queue
-        self.state = [False]  # whether the call's message is awaited
+    waited = 0.0  # seconds that the call which this thread runs was in the queue
 
 
 class Pool:
@@ -45,8 +43,8 @@ class Pool:
     two threads answer nearly twice as many calls as eight. So as many run as there are processors, and one that is
     about to wait for long, for a large model or a batch, lends its place to another until it is back (`waiting`). Where
     calls wait and none ends while clients have opened calls and send nothing, more threads are added, up to `STUCK`,
-    and taken back. `here.waited` tells a call how long it was in the queue, and `here.state[0]` is for it to put to
-    False when its message has come.
+    and taken back. `here.waited` tells a call how long it was in the queue; it is to tell when its message has come
+    (`heard`).
     """
 
     STUCK, LOOK = 256, 0.25
@@ -57,7 +55,7 @@ class Pool:
         self._lock, self._surplus = threading.Lock(), 0
         self._parked: list[threading.Lock] = []  # of each thread that sleeps, the lock that it sleeps on
         self._ended = 0  # calls
-        self._states: list[list[bool]] = []  # of each thread, whether it waits for a call's message
+        self._silent: set[int] = set()  # threads that wait for a call's message
         self._relieving = 0  # threads that were added for those
         self._closed = threading.Event()
         threading.Thread(target=self._relieve, name="relieve", daemon=True).start()
@@ -88,6 +86,10 @@ class Pool:
                 with self._lock:
                     self._surplus += 1
 
+    def heard(self) -> None:
+        """The message of the call that this thread runs has come."""
+        self._silent.discard(threading.get_ident())
+
     def close(self) -> None:
         """End the threads, each after the call that it runs; no call may be submitted any more."""
         with self._lock:
@@ -99,7 +101,7 @@ class Pool:
     def _relieve(self) -> None:
         before = 0
         while not self._closed.wait(self.LOOK):
-            silent = sum(state[0] for state in self._states)
+            silent = len(self._silent)
             stuck = self._ended == before and not self._tasks.empty() and silent > self._relieving
             before = self._ended
             with self._lock:
@@ -118,18 +120,18 @@ class Pool:
         threading.Thread(target=self._work, name="answer", daemon=True).start()
 
     def _work(self) -> None:
-        bed, state = threading.Lock(), [False]
+        bed, me = threading.Lock(), threading.get_ident()
         bed.acquire()
-        self.here.state = state
-        self._states.append(state)
         while (task := self._tasks.get()) is not None:
             came, call, arguments, named = task
-            self.here.waited, state[0] = time.perf_counter() - came, True
+            self.here.waited = time.perf_counter() - came
+            self._silent.add(me)
             try:
                 call(*arguments, **named)
             except Exception:  # a call that fails must not take the thread with it
                 log.exception("a call failed")
-            self._ended, state[0] = self._ended + 1, False
+            self._silent.discard(me)
+            self._ended += 1
             del task, call, arguments, named  # what a request held goes with it, not with the next
             if self._surplus:
                 with self._lock:
@@ -271,9 +273,10 @@ class Grpc:
 
     def _inference(self, api: str, work: Callable) -> Callable[[bytes, grpc.ServicerContext], bytes]:
         core, record, waiting, here = self._core, self._core.metrics.request, self._pool.waiting, self._pool.here
+        heard = self._pool.heard
 
         def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-            here.state[0] = False
+            heard()
             begun = time.perf_counter() - here.waited
             stages, code, reply, details = Stages(api, waiting), grpc.StatusCode.OK, None, ""
             stages.queue = here.waited

@@ -173,7 +173,7 @@ class Servable:
         """Check a Predict request's inputs and outputs against a signature.
 
         Returns:
-            The tensors' names to feed and to fetch, by rising aliases, and the arrays to feed in that order.
+            The tensors' names to feed; those to fetch, by rising aliases; and the arrays, in the order of the first.
 
         Raises:
             RefusedError: as TensorFlow Serving refuses.
