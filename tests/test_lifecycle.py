@@ -186,19 +186,11 @@ def test_a_request_in_flight_ends_on_its_version_which_then_goes(base, versions)
         until(lambda: states(client)[1] == "END")
 
 
-@pytest.mark.parametrize(("largest", "onednn"), [(servable.LARGEST, True), (servable.LARGEST, False), (0, True)])
-def test_long_runs_answer_alike_serial_or_shared_out(versions, monkeypatch, largest, onednn):
-    monkeypatch.setattr(servable, "LARGEST", largest)
-    monkeypatch.setattr(servable._pywrap_util_port, "IsMklEnabled", lambda: onednn)
+def test_long_runs_lend_their_place(versions, monkeypatch):
     monkeypatch.setattr(servable, "LONG", 0.0)  # now each is long
-    monkeypatch.setattr(servable, "processors", lambda: 2)
     version = servable.Servable("affine", 1, versions / "2")
     bound = version.bind("serving_default", {"x": X})
     expected, answers, lent = version.run(*bound)[0].tolist(), [], []
-    serial = (*bound[:2], "serial")
-    both = largest and onednn  # a large graph is not held twice; only oneDNN's kernels can be serial
-    if both:
-        until(lambda: version.answer(*bound) and serial in version._callables)
 
     @contextlib.contextmanager
     def waiting():
@@ -216,35 +208,10 @@ def test_long_runs_answer_alike_serial_or_shared_out(versions, monkeypatch, larg
         thread.join()
     assert answers == [expected] * 200
     assert len(lent) >= 196  # all but the first, of which it was not known
-    assert (serial in version._callables) == both
+    begun = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - begun < 0.05  # some of TensorFlow's pools look for work 12,000 times a second for ever
     version.detach()()
-
-
-def test_the_faster_way_is_taken_and_the_other_tried_again():
-    ways, now = servable._Ways(), 0.0
-
-    def turns(count, *, shared, serial):
-        """How many of so many turns are serial, where two runs overlap that together take twice what one takes."""
-        nonlocal now
-        taken, end = 0, ways.turns + count
-        while ways.turns < end:
-            one, way, before = serial if ways.serial else shared, ways.serial, ways.turns
-            ways.took(now, now, serial=not way)  # what began in another turn does not count,
-            ways.took(now - 1, now, serial=way)  # nor what ran beside it
-            ways.took(now, now + one / 2, serial=way)
-            ways.took(now, now + 2 * one, serial=way)
-            now += 2 * one
-            taken += way * (ways.turns - before)
-        return taken
-
-    assert turns(2, shared=0.009, serial=0.005) == 1  # each in turn; of the first times nothing is kept
-    assert turns(2, shared=0.002, serial=0.003) == 1
-    assert ways.seconds == pytest.approx([0.002, 0.003])
-    assert turns(2 * servable.OTHER, shared=0.002, serial=0.003) == 2  # the slower way, one turn in so many
-    assert turns(2 * servable.OTHER, shared=0.004, serial=0.003) > 1.8 * servable.OTHER
-    begun = now
-    turns(1, shared=0.2, serial=0.2)
-    assert now - begun < 0.5  # a turn of long runs has few
 
 
 def test_memory_comes_back(tmp_path):

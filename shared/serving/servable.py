@@ -23,10 +23,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.python.client import pywrap_tf_session
 from tensorflow.python.saved_model import loader_impl
-from tensorflow.python.util import _pywrap_util_port
 
 from shared.serving import tensors
-from shared.serving.flags import processors
 from shared.serving.protocol import PredictionLog, SavedModel, SignatureDef, type_name
 from shared.serving.records import records
 from shared.serving.refusal import LoadError, RefusedError, invalid
@@ -36,80 +34,7 @@ VARIABLES = {"VarHandleOp", "VariableV2", "Variable"}  # operations
 STATUS = {code.value[0]: code for code in grpc.StatusCode}  # canonical number -> gRPC's name for it
 MOST_WARM_UPS = 1000  # requests in a warm-up file; TensorFlow Serving refuses more
 LONG = 0.0005  # seconds from which a run is worth a change of threads
-LARGEST = 16 << 20  # bytes of a graph whose constants may be held twice
-TURN = 32  # runs that go one way before it is compared with the other,
-SPAN = 0.25  # or two and more that took so many seconds
-OTHER = 64  # one turn in so many goes the way that was slower, to see whether it still is
 _importing = threading.Lock()
-
-
-class _Running:
-    """How many long runs there are at this moment; they share the processors, whichever version they are of."""
-
-    def __init__(self):
-        self._lock, self._count = threading.Lock(), 0
-
-    def __enter__(self) -> int:
-        with self._lock:
-            self._count += 1
-            return self._count
-
-    def __exit__(self, *_):
-        with self._lock:
-            self._count -= 1
-
-
-_running = _Running()
-
-
-class _Ways:
-    """Which of two ways to run, shared out and serial, takes less time; they are tried in turns."""
-
-    __slots__ = ("last", "lock", "mixed", "runs", "seconds", "serial", "spent", "turns")
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.serial = False  # the way of this turn
-        self.seconds = [0.0, 0.0]  # that a run takes of late, shared out and serial; 0: not known
-        self.runs, self.spent, self.turns, self.last = 0, 0.0, 0, 0.0
-        self.mixed = 0.0  # when the last run ended that did not go the way of this turn
-
-    def took(self, begun: float, ended: float, *, serial: bool) -> None:
-        """Note a run, and after the last of a turn choose the next one's way.
-
-        What several runs take that overlap is shared out among them: each takes the time since the one before ended.
-        """
-        with self.lock:
-            seconds, self.last = ended - max(begun, self.last), ended
-            if serial != self.serial:  # it began in the turn before, or cannot be serial yet
-                self.mixed = ended
-                return
-            if begun < self.mixed:
-                return  # what ran beside the other way says nothing of this one
-            self.runs, self.spent = self.runs + 1, self.spent + seconds
-            if self.runs < TURN and (self.runs < 2 or self.spent < SPAN):
-                return
-            mean, before = self.spent / self.runs, self.seconds[serial]
-            self.runs, self.spent, self.turns = 0, 0.0, self.turns + 1
-            if self.turns > 2:  # the first runs of either way take far longer than those after them
-                self.seconds[serial] = (before + mean) / 2 if before else mean
-            if self.turns < 4:
-                self.serial = not serial
-            else:
-                self.serial = (self.seconds[True] < self.seconds[False]) != (self.turns % OTHER == 0)
-
-
-class _Pace:
-    """Seconds of the fastest run of late, 0 before the first; and the ways of long runs, among few and among many."""
-
-    __slots__ = ("fastest", "few", "many")
-
-    def __init__(self):
-        self.fastest = 0.0
-        self.few, self.many = _Ways(), _Ways()
-
-    def took(self, seconds: float) -> None:
-        self.fastest = min(seconds, self.fastest * 1.01 or seconds)  # it may not be as fast again
 
 
 class Servable:
@@ -142,13 +67,7 @@ class Servable:
         # Without a hand-over to the pool between operations: the request's own thread runs them all.
         self._pool = 0 if threads[1] else -1
         self._callables: dict[Any, Any] = {}
-        self._paces: dict[Any, _Pace] = {}  # by what was run and how many rows
-        self._making = threading.Lock()  # one serial callable at a time
-        # Each callable has constants of its own; with one processor, or a GPU, there is nothing to share out; and
-        # without oneDNN kernels share their work out in any pool.
-        size = sum(path.stat().st_size for path in folder.glob("saved_model.pb*"))
-        alone = threads[0] == 1 or processors() == 1 or len(self._session.list_devices()) > 1
-        self._both = size <= LARGEST and not alone and _pywrap_util_port.IsMklEnabled()
+        self._fastest: dict[Any, float] = {}  # seconds of the fastest run of late, by what was run and how many rows
         # Aliases of all outputs of a signature, in the order in which `bind` fetches them.
         self.outputs = {key: sorted(definition.outputs) for key, definition in self.definitions.items()}
         for key, definition in self.definitions.items():
@@ -219,66 +138,29 @@ class Servable:
     def answer(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray],
                waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext, until: float = math.inf
                ) -> list[np.ndarray]:  # fmt: skip
-        """As `run`, in the way that suits the moment; a run that takes long is in a block of `waiting`.
-
-        TensorFlow shares an operation out over all processors. That pays for large ones while there are idle
-        processors, and not for small ones; where as many run as there are processors, it depends on the processor. So
-        with oneDNN a run goes the way that was faster of late, among few and among many.
-        """
+        """As `run`; a run that takes long is in a block of `waiting`."""
         if self._limited:
             with waiting():
                 return self.run(feeds, fetches, arrays, until=until)
         rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
         key = (feeds, fetches, rows.bit_length())
-        pace = self._paces.get(key)
-        if pace is None:
-            pace = self._paces[key] = _Pace()
-        if pace.fastest <= LONG:
+        fastest = self._fastest.get(key, 0.0)
+        with contextlib.nullcontext() if fastest <= LONG else waiting():
             begun = time.perf_counter()
             outputs = self.run(feeds, fetches, arrays)
-            pace.took(time.perf_counter() - begun)
-            return outputs
-        with waiting(), _running as count:
-            ways = pace.many if count >= processors() else pace.few
-            serial = ways.serial and self._can_be_serial(feeds, fetches)
-            begun = time.perf_counter()
-            outputs = self.run(feeds, fetches, arrays, serial=serial)
-            ended = time.perf_counter()
-            ways.took(begun, ended, serial=serial)
-            if not serial:
-                pace.took(ended - begun)
+            seconds = time.perf_counter() - begun
+        self._fastest[key] = min(seconds, fastest * 1.01 or seconds)  # it may not be as fast again
         return outputs
 
-    def _can_be_serial(self, feeds: tuple, fetches: tuple) -> bool:
-        """Whether there is a callable for serial runs; the first that asks has it made, and none waits for it."""
-        if (feeds, fetches, "serial") in self._callables:
-            return True
-        if self._both and self._making.acquire(blocking=False):
-            threading.Thread(target=self._make_serial, args=(feeds, fetches), name="make", daemon=True).start()
-        return False
-
-    def _make_serial(self, feeds: tuple, fetches: tuple) -> None:
-        try:
-            # Threads of such a pool are taken for some that must not wait for others, so kernels do their work alone.
-            call = _fast_callable(self._session, feeds, fetches, experimental={"use_run_handler_pool": True})
-            if call is None:
-                self._both = False
-            else:
-                self._callables[feeds, fetches, "serial"] = call
-        except (tf.errors.OpError, RuntimeError):  # it cannot, or the version was unloaded meanwhile
-            self._both = False
-        finally:
-            self._making.release()
-
-    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray], *, serial: bool = False,
-            until: float = math.inf) -> list[np.ndarray]:  # fmt: skip
+    def run(self, feeds: tuple, fetches: tuple, arrays: Sequence[np.ndarray], *, until: float = math.inf
+            ) -> list[np.ndarray]:  # fmt: skip
         """Run the graph, where the version is limited `until` a time on the clock of `time.monotonic`.
 
         Raises:
             RefusedError: an operation refuses, with its status and text; or the time is over.
         """
         try:
-            call = self._callables[(feeds, fetches, "serial") if serial else (feeds, fetches)]
+            call = self._callables[feeds, fetches]
         except KeyError:
             call = self._callables[feeds, fetches] = self._callable(feeds, fetches)
         try:
