@@ -41,6 +41,28 @@ print(f"gRPC on 127.0.0.1:{port};", flush=True)
 server.wait_for_termination()
 """
 
+NETWORK = """
+import sys
+from concurrent import futures
+from pathlib import Path
+import grpc
+import numpy as np
+from shared.serving.servable import Servable
+servable = Servable("cnn", 1, Path(sys.argv[1]))
+bound = {rows: servable.bind("serving_default", {"x": np.zeros((rows, 32, 32, 1), np.float32)}) for rows in (1, 32)}
+class Network(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(run)
+def run(data, context):
+    return servable.run(*bound[1 if len(data) < 10_000 else 32])[0].tobytes()
+server = grpc.server(futures.ThreadPoolExecutor(8))
+server.add_generic_rpc_handlers((Network(),))
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+print(f"gRPC on 127.0.0.1:{port};", flush=True)
+server.wait_for_termination()
+"""
+
 
 def write_models(root: Path) -> None:
     """A product of matrices; and a convolutional network of 0.7 million parameters for pictures of 32 by 32."""
@@ -146,28 +168,27 @@ def in_process(root: Path, *, threads: int, rows: int, seconds: float) -> float:
     return float(done.stdout)
 
 
-def ratio(name: str, ours, theirs, *, bar: float, rounds: int, of: str = "") -> dict:
+def ratio(name: str, ours, theirs, *, rounds: int, bar: float | None = None, of: str = "") -> dict:
     """Measure two things in turn; the ratio is the median of the rounds' own, which share a moment of the machine.
 
-    `bar` is what the ratio is asked to be, or, where it is `of` a unit, what ours is.
+    `bar` is what the ratio is asked to be, or, where it is `of` a unit, what ours is; None: nothing is asked.
     """
     pairs = [(theirs(), ours()) for _ in range(rounds)]
     floor, value = (statistics.median(column) for column in zip(*pairs, strict=True))
     shares = [b / a for a, b in pairs]
     found = {"ours": value, "beside": floor, "ratio": statistics.median(shares), "bar": bar,
              "rounds": [round(share, 3) for share in shares]}  # fmt: skip
-    print(
-        f"{name:<58} {value:9.1f} of {floor:9.1f}  {found['ratio']:5.2f}  (asked {bar:g}{of})  {found['rounds']}",
-        flush=True,
-    )
+    asked = "nothing asked" if bar is None else f"asked {bar:g}{of}"
+    print(f"{name:<58} {value:9.1f} of {floor:9.1f}  {found['ratio']:5.2f}  ({asked})  {found['rounds']}", flush=True)
     return found
 
 
 def throughput(root: Path, *, seconds: float, rounds: int) -> dict:
-    """Calls a second against the bare echo and against the session in process."""
+    """Calls a second against the bare echo, a bare server of the network, and the session in process."""
     found = {}
-    one, many = (1, 32, 32, 1), (32, 32, 32, 1)
-    with Running("-c", ECHO) as echo, serving(root) as plain, serving(root, "--enable_batching") as batched:
+    one = (1, 32, 32, 1)
+    bare = Running("-c", NETWORK, str(root / "cnn" / "1"))
+    with Running("-c", ECHO) as echo, bare, serving(root) as plain, serving(root, "--enable_batching") as batched:
         for clients in (1, 8):
             found[f"tiny model, {clients} clients, of a bare echo"] = ratio(
                 f"tiny model, {clients} clients, of a bare echo's calls/s",
@@ -175,25 +196,32 @@ def throughput(root: Path, *, seconds: float, rounds: int) -> dict:
                 lambda clients=clients: rate(echo.address, "tiny", (1, 4), clients=clients, seconds=seconds),
                 bar=0.65, rounds=rounds,
             )  # fmt: skip
-        found["cnn, batch 1, 8 clients, of in process"] = ratio(
-            "cnn, batch 1, 8 clients, of in-process calls/s",
-            lambda: rate(plain.address, "cnn", one, clients=8, seconds=seconds),
-            lambda: in_process(root, threads=8, rows=1, seconds=seconds),
-            bar=0.7, rounds=rounds,
-        )  # fmt: skip
+        for rows, clients, bar in ((1, 8, 0.7), (32, 1, 0.95), (32, 8, 0.95)):
+            shape, case = (rows, 32, 32, 1), f"cnn, batch {rows}, {clients} clients"
+
+            def ours(shape=shape, clients=clients) -> float:
+                return rate(plain.address, "cnn", shape, clients=clients, seconds=seconds)
+
+            found[f"{case}, of in process"] = ratio(
+                f"{case}, of in-process calls/s",
+                ours,
+                lambda rows=rows, clients=clients: in_process(root, threads=clients, rows=rows, seconds=seconds),
+                bar=bar, rounds=rounds,
+            )  # fmt: skip
+            found[f"{case}, of a bare server"] = ratio(
+                f"{case}, of a bare server's calls/s",
+                ours,
+                lambda shape=shape, clients=clients: rate(
+                    bare.address, "cnn", shape, clients=clients, seconds=seconds
+                ),
+                rounds=rounds,
+            )  # fmt: skip
         found["cnn, batch 1, batching at 32 clients, of 8 without"] = ratio(
             "cnn, batch 1, batching at 32 clients, of 8 without",
             lambda: rate(batched.address, "cnn", one, clients=32, seconds=seconds),
             lambda: rate(plain.address, "cnn", one, clients=8, seconds=seconds),
             bar=1.2, rounds=rounds,
         )  # fmt: skip
-        for clients in (1, 8):
-            found[f"cnn, batch 32, {clients} clients, of in process"] = ratio(
-                f"cnn, batch 32, {clients} clients, of in-process calls/s",
-                lambda clients=clients: rate(plain.address, "cnn", many, clients=clients, seconds=seconds),
-                lambda clients=clients: in_process(root, threads=clients, rows=32, seconds=seconds),
-                bar=0.95, rounds=rounds,
-            )  # fmt: skip
     return found
 
 
