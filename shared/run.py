@@ -338,9 +338,14 @@ def _saved(task_name: str, flags: Any) -> tuple[int, Path]:
 
 
 def explain(task_name: str, task: ModuleType, flags: Any) -> None:
-    """Print a saved model's answer to a text, and the text in colours: green speaks for the answer, red against it."""
+    """Print a saved model's answer to a text, and, to a terminal, the text in colours: green speaks for the answer, red
+    against it.
+    """
     import keras
+    from rich.console import Console
 
+    console = Console()
+    coloured = console.is_terminal and not console.no_color  # to a terminal, or as FORCE_COLOR says
     _, extra = _saved(task_name, flags)
     names = json.loads((extra / "metrics.json").read_text())["names"]
     label, gain, parts = task.explain(keras.saving.load_model(extra / "model.keras"), flags.text)
@@ -350,6 +355,8 @@ def explain(task_name: str, task: ModuleType, flags: Any) -> None:
                 f"{sum(value for _, value in parts):+.4f}")  # fmt: skip
 
     def shade(word, value):
+        if not coloured:
+            return word
         strength = 255 - round(200 * abs(value) / most)
         red, green = (strength, 255) if value > 0 else (255, strength)
         return f"\033[48;2;{red};{green};{strength}m\033[30m{word}\033[0m"

@@ -83,9 +83,9 @@ def cornucopia(tmp_path):
 def forked(tmp_path, tmp_path_factory):
     """As `cornucopia`, in a process that begins with TensorFlow imported."""
 
-    def run(*words, expect=0):
+    def run(*words, expect=0, env=None):
         out, err = (tmp_path_factory.mktemp("said") / name for name in ("out", "err"))
-        code = forks.ended(forks.start(forks.cornucopia, *words, folder=tmp_path, out=out, err=err))
+        code = forks.ended(forks.start(forks.cornucopia, *words, folder=tmp_path, out=out, err=err, env=env))
         done = subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
         assert done.returncode == expect, f"exit code {code}\n{done.stdout}\n{done.stderr}"
         return done

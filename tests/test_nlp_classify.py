@@ -253,6 +253,8 @@ def test_parts_of_an_explanation_sum_to_what_the_score_gained(learnt, forked, tm
     assert "label      money" in done.stdout
     gain, total = re.search(r"gain +(\S+) of its score .* sum to (\S+)", done.stdout).groups()
     assert float(gain) == pytest.approx(float(total), abs=0.003)
+    assert "^ my bank card\n" in done.stdout
+    done = forked("explain", "nlp.classify", "--text=my bank card", env={"FORCE_COLOR": "1"})
     assert "bank\033[0m" in done.stdout
     with pytest.raises(ValueError, match="the text is empty; give words"):
         classify.explain(model, " \n")
