@@ -16,8 +16,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent import futures
 from pathlib import Path
 
+import forks
 import numpy as np
 import psutil
 import pytest
@@ -208,10 +210,26 @@ def test_long_runs_lend_their_place(versions, monkeypatch):
         thread.join()
     assert answers == [expected] * 200
     assert len(lent) >= 196  # all but the first, of which it was not known
+    version.detach()()
+
+
+def rested(folder: str) -> None:
+    """Print the seconds of a processor that a version takes within one, after it had long runs in several threads."""
+    servable.LONG = 0.0
+    version = servable.Servable("affine", 1, Path(folder))
+    bound = version.bind("serving_default", {"x": X})
+    with futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: version.answer(*bound), range(200)))
     begun = time.process_time()
     time.sleep(1.0)
-    assert time.process_time() - begun < 0.05  # some of TensorFlow's pools look for work 12,000 times a second for ever
-    version.detach()()
+    print("took", time.process_time() - begun)
+
+
+def test_a_version_that_answers_nobody_rests(versions, tmp_path):
+    """One of TensorFlow's pools looks for work 12,000 times a second, for ever, once it had some."""
+    out = tmp_path / "out"
+    assert forks.ended(forks.start(rested, str(versions / "2"), folder=tmp_path, out=out)) == 0, out.read_text()
+    assert float(out.read_text().rpartition("took ")[2]) < 0.05
 
 
 def test_memory_comes_back(tmp_path):
