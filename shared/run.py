@@ -262,12 +262,12 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
 
 
 def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
-    """Measure a saved version on other data: its test part where it names one, else all of it; or anew on the test part
-    of the data that it learned from. Return the metrics.
+    """Measure a saved version on other data, which may lack some of its classes: on its test part where it names one,
+    else on all of it; or anew on the test part of the data that it learned from. Return the metrics.
 
     Raises:
         FileNotFoundError: there is no such version.
-        ValueError: the data have other classes than the model.
+        ValueError: the data have classes that the model does not know.
     """
     import keras
 
@@ -295,9 +295,6 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
         if protocol != report["protocol"] or (read and read != checksum(config)):
             told = "the data changed, so the model may have learned some of its test part"
             say("warning", f"{told}: {report['protocol']}")
-    if splits.drawn and not own:  # of its own data the model has learned the rest
-        whole = splits.train.concatenate(splits.validation).concatenate(splits.test)
-        splits, protocol = dataclasses.replace(splits, test=whole), "all of it"
     with warnings.catch_warnings():  # KerasHub's models want an optimizer even where they are parts of another model
         warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
         model = keras.saving.load_model(extra / "model.keras", compile=False)

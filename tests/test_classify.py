@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_folder_to_served_answer_on_pictures_of_other_programs(pictures, cornuco
     folder = folder.rename(tmp_path / "other")
     done = forked("evaluate", "vision.classify", f"--data={folder}")
     assert "all of it" in done.stdout
+    assert re.search(r"accuracy +(1\.0|0\.9)", done.stdout)
+    shutil.rmtree(folder / "striped")
+    for file in sorted((folder / "dark").iterdir())[1:]:
+        file.unlink()
+    done = forked("evaluate", "vision.classify", f"--data={folder}")  # too little of too few classes to learn from
+    assert re.search(r"audit +test \d+  in 3 classes", done.stdout)
     assert re.search(r"accuracy +(1\.0|0\.9)", done.stdout)
     (folder / "dark").rename(folder / "dim")
     done = forked("evaluate", "vision.classify", f"--data={folder}", expect=2)

@@ -15,9 +15,9 @@ import pytest
 import tensorflow as tf
 
 from shared import data, run
-from shared.data import archives, idx, images, named, tables
+from shared.data import archives, idx, images, named, tables, texts
 from shared.data.audit import audit
-from shared.data.divide import divide
+from shared.data.divide import divide, whole
 
 READ = {"size": 0, "channels": 0, "on_error": "fail"}
 
@@ -85,6 +85,21 @@ def test_splits_keep_every_class_and_follow_the_seed():
     assert list(again["test"]) == list(rows["test"]) != list(other["test"])
     with pytest.raises(ValueError, match=r"class b has too few pictures"):
         divide(np.full(6, ""), np.array([0, 0, 0, 0, 0, 1]), ("a", "b"), seed=1, what="pictures")
+
+
+@pytest.mark.parametrize(
+    ("splits", "rows", "part"),
+    [(("", "", ""), [0, 1, 2], "all of it"), (("train", "test", "test"), [1, 2], "its test split")],
+)
+def test_other_data_are_measured_in_the_classes_of_the_model(splits, rows, part):
+    found = texts.labelled(zip(("x", "y", "z"), ("b", "d", "b"), splits, strict=True), path="a table")
+    whole_of, at, told = whole(found, ["a", "b", "c", "d"])
+    assert whole_of.names == ("a", "b", "c", "d")
+    assert whole_of.labels.tolist() == [1, 3, 1]
+    assert at["test"].tolist() == rows
+    assert told == part
+    with pytest.raises(ValueError, match=r"the data's classes \['d'\] are not the model's \['a', 'b'\]"):
+        whole(found, ["a", "b"])
 
 
 # Formats.
@@ -359,6 +374,11 @@ def test_audit_counts(capsys):
     assert "left out x.png: broken" in printed
     audit({"train": (items[:3], np.array([0, 1, 0])), "test": splits["test"]}, ["no", "yes"])
     assert "in train 1 (yes) to 2 (no) each" in capsys.readouterr().out
+    facts = audit({"test": (items[:3], np.array([0, 1, 0]))}, ["no", "yes", "perhaps"])  # to measure on
+    assert (facts["test_duplicates"], facts["contradictions"]) == (1, 1)
+    printed = capsys.readouterr().out
+    assert "audit      test 3  in 3 classes\n" in printed
+    assert "exact duplicates: test 1; same input, other label: 1\n" in printed
 
 
 def test_audit_refuses():

@@ -83,7 +83,14 @@ def test_table_to_served_answer(learnt, table, cornucopia, forked, python, servi
     table = table.rename(tmp_path / "other.csv")
     done = forked("evaluate", "nlp.classify", f"--data={table}")
     assert "all of it" in done.stdout
-    assert "audit      train 51  validation 3  test 6  in 2 classes" in done.stdout
+    assert "audit      test 60  in 2 classes\n" in done.stdout
+    assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
+    texts = [line for line in table.read_text().splitlines() if line.endswith(",food")]
+    single = next(line for line in table.read_text().splitlines() if line.endswith(",money"))
+    table.write_text("\n".join(["text,label,split", f"{single},train", *(f"{line},test" for line in texts)]))
+    done = forked("evaluate", "nlp.classify", f"--data={table}")  # of one class's test part
+    assert f"audit      test {len(texts)}  in 2 classes\n" in done.stdout
+    assert "other.csv: its test split" in done.stdout
     assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
     table.write_text(table.read_text().replace(",food", ",meals"))
     done = forked("evaluate", "nlp.classify", f"--data={table}", expect=2)

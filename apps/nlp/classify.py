@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from shared import data, metrics, run, training
 from shared.answers import ranked
 from shared.data import named, tables, texts
 from shared.data.audit import audit
+from shared.data.divide import whole
 from shared.metrics import classification
 
 
@@ -74,9 +75,20 @@ CHARACTERS = 2000  # of a text, that become n-grams
 def load(config: Config) -> data.Splits:
     found, about = _read(config)
     rows = _rows(config)
-    if config.fold == 0:
-        audited = {split: ([found.texts[row] for row in at], found.labels[at]) for split, at in rows.items()}
-        audit(audited, found.names, unreadable=found.unreadable)
+    return _splits(config, found, rows, about, audited=tuple(rows) if config.fold == 0 else ())
+
+
+def load_other(config: Config, names: Sequence[str]) -> data.Splits:
+    """Other texts, to measure a saved model of the classes `names` on."""
+    found, about = _read(config)
+    found, rows, part = whole(found, names)
+    return _splits(config, found, rows, {**about, "protocol": part}, audited=("test",))
+
+
+def _splits(config, found: texts.Texts, rows, about, *, audited: tuple[str, ...]) -> data.Splits:
+    if audited:
+        parts = {split: ([found.texts[row] for row in rows[split]], found.labels[rows[split]]) for split in audited}
+        audit(parts, found.names, unreadable=found.unreadable)
     targets = tf.one_hot(found.labels, len(found.names))
     smooth = targets * (1 - config.smoothing) + config.smoothing / len(found.names)
     tokenise = _of_backbone(config.backbone, config.length) if config.backbone else _tokenise
@@ -110,7 +122,6 @@ def load(config: Config) -> data.Splits:
         names=found.names,
         request={"text": np.array([found.texts[row].encode() for row in rows["test"][:8]], object)},
         about=about,
-        drawn=bool(config.folds) or "test" not in found.splits,
     )
 
 

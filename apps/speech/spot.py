@@ -8,6 +8,7 @@ Endpoint  audio (WAV bytes) -> label, score, the five best labels with their sco
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -19,7 +20,7 @@ from shared import data, metrics, run, training
 from shared.answers import ranked
 from shared.data import archives, named, sounds
 from shared.data.audit import audit
-from shared.data.divide import divide
+from shared.data.divide import divide, whole
 from shared.metrics import classification, speech
 
 
@@ -54,10 +55,23 @@ EXPECT = {"": {"accuracy": 0.85}, "fsdd": {"accuracy": 0.89, "false_alarm_rate":
 
 
 def load(config: Config) -> data.Splits:
-    recordings, rows, about = _read(config)
+    recordings, about = _read(config)
+    rows = divide(recordings.splits, recordings.labels, recordings.names, seed=config.seed, what="recordings")
+    return _splits(config, recordings, rows, about, audited=tuple(rows))
+
+
+def load_other(config: Config, names: Sequence[str]) -> data.Splits:
+    """Other recordings, to measure a saved model of the words `names` on."""
+    recordings, about = _read(config)
+    recordings, rows, part = whole(recordings, names)
+    return _splits(config, recordings, rows, {**about, "protocol": part}, audited=("test",))
+
+
+def _splits(config, recordings: sounds.Recordings, rows, about, *, audited: tuple[str, ...]) -> data.Splits:
     names, waves = recordings.names, recordings.waves
     labels = {split: recordings.labels[at] for split, at in rows.items()}
-    audit({split: (waves[at], labels[split]) for split, at in rows.items()}, names, unreadable=recordings.unreadable)
+    parts = {split: (waves[rows[split]], labels[split]) for split in audited}
+    audit(parts, names, unreadable=recordings.unreadable)
     classes = len(names) + 1  # the last is no speech
     samples = waves.shape[1]
     passes = max(1, 10 * config.batch // len(rows["train"]))  # an epoch of a small set takes some
@@ -95,19 +109,18 @@ def load(config: Config) -> data.Splits:
         names=names,
         request={"audio": np.array(asked, object)},
         about={**about, "protocol": f"{about['protocol']}, {len(rows['test']):,} recordings"},
-        drawn=config.data != "fsdd" and "test" not in recordings.splits,
     )
 
 
-def _read(config: Config) -> tuple[sounds.Recordings, dict[str, np.ndarray], dict[str, str]]:
-    """Recordings, the rows of each split, and what the model card says about them."""
+def _read(config: Config) -> tuple[sounds.Recordings, dict[str, str]]:
+    """Recordings, and what the model card says about them."""
     limits = "Of a long recording only the loudest stretch is heard. Other languages, accents and words get one of the "
     limits += "words, often with a high score: only sounds without speech were trained against."
     if config.data == "fsdd":
         recordings, speakers, takes = _digits(**_form(config))
-        rows, protocol = _speakers(config.speaker, speakers, takes)
+        splits, protocol = _speakers(config.speaker, speakers, takes)
         about = {**named.about("fsdd"), "protocol": protocol, "limits": limits}
-        return recordings, rows, about
+        return dataclasses.replace(recordings, splits=splits), about
     if config.data in named.DATASETS:
         raise ValueError(f"{config.data} holds no words to spot; expected fsdd, or a path to WAV files")
     if config.speaker not in ("", "each"):
@@ -121,8 +134,7 @@ def _read(config: Config) -> tuple[sounds.Recordings, dict[str, np.ndarray], dic
     own = "test" in recordings.splits
     about = {"data": config.data or "made-up words", "limits": limits,
              "protocol": "its test split" if own else "every tenth as the seed draws them, stratified"}  # fmt: skip
-    rows = divide(recordings.splits, recordings.labels, recordings.names, seed=config.seed, what="recordings")
-    return recordings, rows, about
+    return recordings, about
 
 
 def folds(config: Config) -> run.Folds | None:
@@ -149,8 +161,8 @@ def _digits(**form) -> tuple[sounds.Recordings, np.ndarray, np.ndarray]:
     return recordings, np.array([part[1] for part in kept]), np.array([int(part[2]) for part in kept])
 
 
-def _speakers(speaker: str, speakers: np.ndarray, takes: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
-    """Rows of each split, and the protocol's name."""
+def _speakers(speaker: str, speakers: np.ndarray, takes: np.ndarray) -> tuple[np.ndarray, str]:
+    """The split of each recording, and the protocol's name."""
     if speaker in ("", "each"):
         test, validation = takes < 5, (takes >= 5) & (takes < 10)
         protocol = "official test split (takes 0 to 4)"
@@ -159,8 +171,7 @@ def _speakers(speaker: str, speakers: np.ndarray, takes: np.ndarray) -> tuple[di
         protocol = f"all of {speaker}, who is not heard in training"
     else:
         raise ValueError(f"no speaker {speaker} in the data; one of {', '.join(sorted(set(speakers)))}, or each")
-    masks = {"train": ~test & ~validation, "validation": validation, "test": test}
-    return {split: np.flatnonzero(mask) for split, mask in masks.items()}, protocol
+    return np.select([test, validation], ["test", "validation"], "train"), protocol
 
 
 # Parts of the made-up words: the formants of American English vowels in Hz (Peterson & Barney 1952), and a hiss.

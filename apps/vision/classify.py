@@ -6,6 +6,7 @@ Endpoint  image (PNG or JPEG bytes) -> label, score, the five best labels with t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from shared import data, metrics, run, training
 from shared.answers import ranked
 from shared.data import idx, images, named
 from shared.data.audit import audit
-from shared.data.divide import divide
+from shared.data.divide import divide, whole
 from shared.metrics import classification
 
 
@@ -48,10 +49,21 @@ EXPECT = {"": {"accuracy": 0.97}, "fashion-mnist": {"accuracy": 0.937}}
 
 def load(config: Config) -> data.Splits:
     pictures, about = _read(config)
+    rows = divide(pictures.splits, pictures.labels, pictures.names, seed=config.seed, what="pictures")
+    return _splits(config, pictures, rows, about, audited=tuple(rows))
+
+
+def load_other(config: Config, names: Sequence[str]) -> data.Splits:
+    """Other pictures, to measure a saved model of the classes `names` on."""
+    pictures, about = _read(config)
+    pictures, rows, part = whole(pictures, names)
+    return _splits(config, pictures, rows, {**about, "protocol": part}, audited=("test",))
+
+
+def _splits(config, pictures: images.Pictures, rows, about, *, audited: tuple[str, ...]) -> data.Splits:
     names, labels = pictures.names, pictures.labels
-    rows = divide(pictures.splits, labels, names, seed=config.seed, what="pictures")
     parts = {split: (pictures.pixels[at], labels[at]) for split, at in rows.items()}
-    audit(parts, names, unreadable=pictures.unreadable)
+    audit({split: parts[split] for split in audited}, names, unreadable=pictures.unreadable)
     size, channels = pictures.pixels.shape[2:]
     changed = _augmentation(config)
     passes = max(1, 20 * config.batch // len(rows["train"]))  # of a small set in an epoch, or that is over too soon
@@ -83,7 +95,6 @@ def load(config: Config) -> data.Splits:
             "colour": {1: "grey", 3: "rgb"}[channels],
             "flip": "yes" if _flips(config) else "no",
         },
-        drawn="test" not in pictures.splits,
     )
 
 

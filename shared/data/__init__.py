@@ -32,7 +32,6 @@ class Splits:
     settled: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # config fields that `load` chose from the data
-    drawn: bool = False  # the data names no test part, so the seed drew one
 
 
 def stream(

@@ -15,6 +15,7 @@ def audit(
 
     Args:
         splits: name of a split -> (items, labels); an item is an array, a string or bytes, a label an index of names.
+            Without one to learn from, `train`, the classes need not all be there.
         names: of the classes.
         unreadable: "path: reason" of each item that was left out.
 
@@ -22,8 +23,8 @@ def audit(
         ValueError: a class has no example to learn from, or inputs hold NaN or infinity; says which.
     """
     counts = {split: np.bincount(labels, minlength=len(names)) for split, (_, labels) in splits.items()}
-    train = counts["train"]
-    if (train == 0).any():
+    train = counts.get("train")
+    if train is not None and (train == 0).any():
         absent = [names[index] for index in np.flatnonzero(train == 0)]
         raise ValueError(f"no training example of class {', '.join(map(str, absent[:10]))}; add some, or remove it")
     digests = {split: [_digest(item) for item in items] for split, (items, _) in splits.items()}
@@ -42,17 +43,21 @@ def audit(
         facts[f"{split}_duplicates"] = len(digests[split]) - len(set(digests[split]))
     others = {split: set(found) for split, found in digests.items() if split != "train"}
     for split, found in others.items():
-        facts[f"{split}_also_in_train"] = len(found & set(digests["train"]))
+        facts[f"{split}_also_in_train"] = len(found & set(digests.get("train", ())))
     facts["contradictions"] = sum(len(labels) > 1 for labels in labels_seen.values())
 
-    each = f"{train.min():,}"
-    if train.min() < train.max():
-        each += f" ({names[int(train.argmin())]}) to {train.max():,} ({names[int(train.argmax())]})"
+    each = across = ""
+    if train is not None:
+        each = f"; in train {train.min():,}"
+        if train.min() < train.max():
+            each += f" ({names[int(train.argmin())]}) to {train.max():,} ({names[int(train.argmax())]})"
+        each += " each"
+        across = "also in train: " + "  ".join(f"{split} {facts[f'{split}_also_in_train']:,}" for split in others)
     say("audit", "  ".join(f"{split} {len(labels):,}" for split, (_, labels) in splits.items())
-        + f"  in {len(names)} classes; in train {each} each")  # fmt: skip
+        + f"  in {len(names)} classes{each}")  # fmt: skip
     inside = "  ".join(f"{split} {facts[f'{split}_duplicates']:,}" for split in splits)
-    across = "  ".join(f"{split} {facts[f'{split}_also_in_train']:,}" for split in others)
-    say("", f"exact duplicates: {inside}; also in train: {across}; same input, other label: {facts['contradictions']}")
+    told = [f"exact duplicates: {inside}", across, f"same input, other label: {facts['contradictions']}"]
+    say("", "; ".join(filter(None, told)))
     say("", f"unreadable {facts['unreadable']}, constant {facts['constant']}, NaN or infinite 0")
     for line in unreadable[:5]:
         say("", f"left out {line}")

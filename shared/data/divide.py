@@ -1,8 +1,12 @@
-"""Train, validation and test: as the data name them, else drawn by the seed."""
+"""Train, validation and test: as the data name them, else drawn by the seed; or all to measure a model on."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Found = TypeVar("Found")  # labelled examples as the readers give them: with `labels`, `splits` and `names`
 
 
 def divide(
@@ -39,3 +43,19 @@ def divide(
         own[part] = np.sort(np.concatenate(drawn))
         own["train"] = np.setdiff1d(own["train"], own[part])
     return own
+
+
+def whole(found: Found, names: Sequence[str]) -> tuple[Found, dict[str, np.ndarray], str]:
+    """Examples to measure a model of the classes `names` on: with labels that are its, the rows of their test part or,
+    where they name none, of all, and which of the two it was.
+
+    Raises:
+        ValueError: the model does not know one of their classes.
+    """
+    if unknown := sorted(set(found.names) - set(names)):
+        raise ValueError(f"the data's classes {unknown[:10]} are not the model's {list(names[:10])}")
+    index = np.array([names.index(name) for name in found.names])
+    test = np.flatnonzero(found.splits == "test")
+    rows = test if len(test) else np.arange(len(found.labels))
+    found = dataclasses.replace(found, labels=index[found.labels], names=tuple(names))
+    return found, dict.fromkeys(("train", "validation", "test"), rows), "its test split" if len(test) else "all of it"
