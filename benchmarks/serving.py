@@ -187,8 +187,12 @@ def throughput(root: Path, *, seconds: float, rounds: int) -> dict:
     """Calls a second against the bare echo, a bare server of the network, and the session in process."""
     found = {}
     one = (1, 32, 32, 1)
-    bare = Running("-c", NETWORK, str(root / "cnn" / "1"))
-    with Running("-c", ECHO) as echo, bare, serving(root) as plain, serving(root, "--enable_batching") as batched:
+    with (
+        Running("-c", ECHO) as echo,
+        Running("-c", NETWORK, str(root / "cnn" / "1")) as bare,
+        serving(root) as plain,
+        serving(root, "--enable_batching") as batched,
+    ):
         for clients in (1, 8):
             found[f"tiny model, {clients} clients, of a bare echo"] = ratio(
                 f"tiny model, {clients} clients, of a bare echo's calls/s",

@@ -262,8 +262,8 @@ def cross_validate(task: ModuleType, config: Config, folds: Folds, first: Learne
 
 
 def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
-    """Measure a saved version on other data, which may lack some of its classes: on its test part where it names one,
-    else on all of it; or anew on the test part of the data that it learned from. Return the metrics.
+    """Measure a saved version on other data, of two of its classes or more: on their test part where they name one,
+    else on all; or anew on the test part of the data that it learned from. Return the metrics.
 
     Raises:
         FileNotFoundError: there is no such version.
@@ -288,7 +288,7 @@ def evaluate(task_name: str, task: ModuleType, flags: Any) -> dict[str, Any]:
     with training.beginning(config):
         splits = task.load_other(config, names) if hasattr(task, "load_other") and not own else task.load(config)
         if list(splits.names) != names:
-            raise ValueError(f"the data's classes {_some(splits.names)} are not the model's {_some(names)}")
+            raise ValueError(f"the data's classes {some(splits.names)} are not the model's {some(names)}")
     protocol = splits.about["protocol"]
     if own and not report["folds"]:
         read = report.get("checksum", "")  # which versions of earlier days have not
@@ -363,7 +363,8 @@ def explain(task_name: str, task: ModuleType, flags: Any) -> None:
         say("", f"{value:+.4f}  {word}")
 
 
-def _some(names: Any, most: int = 10) -> str:
+def some(names: Any, most: int = 10) -> str:
+    """The first of many names, and how many more there are."""
     return f"{list(names[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
 
 

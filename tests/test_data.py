@@ -88,18 +88,19 @@ def test_splits_keep_every_class_and_follow_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("splits", "rows", "part"),
-    [(("", "", ""), [0, 1, 2], "all of it"), (("train", "test", "test"), [1, 2], "its test split")],
+    ("splits", "rows", "protocol"),
+    [(("", "", ""), [0, 1, 2], "all of it"), (("train", "test", "test"), [1, 2], "official test split")],
 )
-def test_other_data_are_measured_in_the_classes_of_the_model(splits, rows, part):
+def test_other_data_are_measured_in_the_classes_of_the_model(splits, rows, protocol):
     found = texts.labelled(zip(("x", "y", "z"), ("b", "d", "b"), splits, strict=True), path="a table")
-    whole_of, at, told = whole(found, ["a", "b", "c", "d"])
+    about = {"licence": "MIT", "protocol": "official test split"}
+    whole_of, at, about = whole(found, ["a", "b", "c", "d"], about)
     assert whole_of.names == ("a", "b", "c", "d")
     assert whole_of.labels.tolist() == [1, 3, 1]
     assert at["test"].tolist() == rows
-    assert told == part
+    assert about == {"licence": "MIT", "protocol": protocol}
     with pytest.raises(ValueError, match=r"the data's classes \['d'\] are not the model's \['a', 'b'\]"):
-        whole(found, ["a", "b"])
+        whole(found, ["a", "b"], about)
 
 
 # Formats.
@@ -377,7 +378,7 @@ def test_audit_counts(capsys):
     facts = audit({"test": (items[:3], np.array([0, 1, 0]))}, ["no", "yes", "perhaps"])  # to measure on
     assert (facts["test_duplicates"], facts["contradictions"]) == (1, 1)
     printed = capsys.readouterr().out
-    assert "audit      test 3  in 3 classes\n" in printed
+    assert "audit      test 3  in 2 classes of the model's 3\n" in printed
     assert "exact duplicates: test 1; same input, other label: 1\n" in printed
 
 

@@ -219,7 +219,7 @@ def rested(folder: str) -> None:
     version = servable.Servable("affine", 1, Path(folder))
     bound = version.bind("serving_default", {"x": X})
     with futures.ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: version.answer(*bound), range(200)))
+        list(threads.map(lambda _: version.answer(*bound), range(2_000)))
     begun = time.process_time()
     time.sleep(1.0)
     print("took", time.process_time() - begun)
@@ -227,8 +227,9 @@ def rested(folder: str) -> None:
 
 def test_a_version_that_answers_nobody_rests(versions, tmp_path):
     """One of TensorFlow's pools looks for work 12,000 times a second, for ever, once it had some."""
-    out = tmp_path / "out"
-    assert forks.ended(forks.start(rested, str(versions / "2"), folder=tmp_path, out=out)) == 0, out.read_text()
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = forks.start(rested, str(versions / "2"), folder=tmp_path, out=out, err=err)
+    assert forks.ended(process) == 0, err.read_text()
     assert float(out.read_text().rpartition("took ")[2]) < 0.05
 
 

@@ -83,13 +83,13 @@ def test_table_to_served_answer(learnt, table, cornucopia, forked, python, servi
     table = table.rename(tmp_path / "other.csv")
     done = forked("evaluate", "nlp.classify", f"--data={table}")
     assert "all of it" in done.stdout
-    assert "audit      test 60  in 2 classes\n" in done.stdout
+    assert "audit      test 60  in 2 classes of the model's 2\n" in done.stdout
     assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
     texts = [line for line in table.read_text().splitlines() if line.endswith(",food")]
     single = next(line for line in table.read_text().splitlines() if line.endswith(",money"))
     table.write_text("\n".join(["text,label,split", f"{single},train", *(f"{line},test" for line in texts)]))
     done = forked("evaluate", "nlp.classify", f"--data={table}")  # of one class's test part
-    assert f"audit      test {len(texts)}  in 2 classes\n" in done.stdout
+    assert f"audit      test {len(texts)}  in 1 classes of the model's 2\n" in done.stdout
     assert "other.csv: its test split" in done.stdout
     assert re.search(r"accuracy +(1\.0000|0\.9)", done.stdout)
     table.write_text(table.read_text().replace(",food", ",meals"))
@@ -256,7 +256,7 @@ def test_parts_of_an_explanation_sum_to_what_the_score_gained(learnt, forked, tm
     assert parts[ours] > 0 > parts[others]
     assert max(parts, key=parts.get) == ours
 
-    done = forked("explain", "nlp.classify", "--text=my bank card")
+    done = forked("explain", "nlp.classify", "--text=my bank card", env={"FORCE_COLOR": ""})
     assert "label      money" in done.stdout
     gain, total = re.search(r"gain +(\S+) of its score .* sum to (\S+)", done.stdout).groups()
     assert float(gain) == pytest.approx(float(total), abs=0.003)

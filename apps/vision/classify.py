@@ -56,8 +56,8 @@ def load(config: Config) -> data.Splits:
 def load_other(config: Config, names: Sequence[str]) -> data.Splits:
     """Other pictures, to measure a saved model of the classes `names` on."""
     pictures, about = _read(config)
-    pictures, rows, part = whole(pictures, names)
-    return _splits(config, pictures, rows, {**about, "protocol": part}, audited=("test",))
+    pictures, rows, about = whole(pictures, names, about)
+    return _splits(config, pictures, rows, about, audited=("test",))
 
 
 def _splits(config, pictures: images.Pictures, rows, about, *, audited: tuple[str, ...]) -> data.Splits:

@@ -15,7 +15,7 @@ def audit(
 
     Args:
         splits: name of a split -> (items, labels); an item is an array, a string or bytes, a label an index of names.
-            Without one to learn from, `train`, the classes need not all be there.
+            Without one to learn from, `train`, they are a model's, and need not all be there.
         names: of the classes.
         unreadable: "path: reason" of each item that was left out.
 
@@ -29,7 +29,7 @@ def audit(
         raise ValueError(f"no training example of class {', '.join(map(str, absent[:10]))}; add some, or remove it")
     digests = {split: [_digest(item) for item in items] for split, (items, _) in splits.items()}
     facts = {f"{split}_examples": len(labels) for split, (_, labels) in splits.items()}
-    facts["classes"] = len(names)
+    facts["classes"] = len(names) if train is not None else int((sum(counts.values()) > 0).sum())
     facts["unreadable"] = len(unreadable)
     facts["constant"] = sum(_is_constant(item) for items, _ in splits.values() for item in items)
     broken = {split: sum(_is_broken(item) for item in items) for split, (items, _) in splits.items()}
@@ -46,7 +46,7 @@ def audit(
         facts[f"{split}_also_in_train"] = len(found & set(digests.get("train", ())))
     facts["contradictions"] = sum(len(labels) > 1 for labels in labels_seen.values())
 
-    each = across = ""
+    each, across = f" of the model's {len(names)}", ""
     if train is not None:
         each = f"; in train {train.min():,}"
         if train.min() < train.max():
@@ -54,7 +54,7 @@ def audit(
         each += " each"
         across = "also in train: " + "  ".join(f"{split} {facts[f'{split}_also_in_train']:,}" for split in others)
     say("audit", "  ".join(f"{split} {len(labels):,}" for split, (_, labels) in splits.items())
-        + f"  in {len(names)} classes{each}")  # fmt: skip
+        + f"  in {facts['classes']} classes{each}")  # fmt: skip
     inside = "  ".join(f"{split} {facts[f'{split}_duplicates']:,}" for split in splits)
     told = [f"exact duplicates: {inside}", across, f"same input, other label: {facts['contradictions']}"]
     say("", "; ".join(filter(None, told)))

@@ -1,10 +1,12 @@
 """Train, validation and test: as the data name them, else drawn by the seed; or all to measure a model on."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+
+from shared.run import some
 
 Found = TypeVar("Found")  # labelled examples as the readers give them: with `labels`, `splits` and `names`
 
@@ -45,17 +47,21 @@ def divide(
     return own
 
 
-def whole(found: Found, names: Sequence[str]) -> tuple[Found, dict[str, np.ndarray], str]:
-    """Examples to measure a model of the classes `names` on: with labels that are its, the rows of their test part or,
-    where they name none, of all, and which of the two it was.
+def whole(
+    found: Found, names: Sequence[str], about: Mapping[str, str]
+) -> tuple[Found, dict[str, np.ndarray], dict[str, str]]:
+    """Examples to measure a model of the classes `names` on: with labels that are its; the rows of their test part or,
+    where they name none, of all, as `test`, beside one row each to learn from and to validate; and what is told about
+    them, with the protocol.
 
     Raises:
         ValueError: the model does not know one of their classes.
     """
     if unknown := sorted(set(found.names) - set(names)):
-        raise ValueError(f"the data's classes {unknown[:10]} are not the model's {list(names[:10])}")
+        raise ValueError(f"the data's classes {some(unknown)} are not the model's {some(names)}")
     index = np.array([names.index(name) for name in found.names])
     test = np.flatnonzero(found.splits == "test")
     rows = test if len(test) else np.arange(len(found.labels))
+    protocol = about["protocol"] if len(test) else "all of it"
     found = dataclasses.replace(found, labels=index[found.labels], names=tuple(names))
-    return found, dict.fromkeys(("train", "validation", "test"), rows), "its test split" if len(test) else "all of it"
+    return found, {"train": rows[:1], "validation": rows[:1], "test": rows}, {**about, "protocol": protocol}

@@ -175,7 +175,7 @@ class Servable:
         """A function arrays -> arrays: the private one is several times faster than the public it falls back to."""
         if self._limited:
             return _limited_callable(self._session, feeds, fetches)
-        return (_fast_callable(self._session, feeds, fetches, inter_op_thread_pool=self._pool)
+        return (_fast_callable(self._session, feeds, fetches, self._pool)
                 or self._session.make_callable(list(fetches), feed_list=list(feeds)))  # fmt: skip
 
     def warm_ups(self) -> list[PredictionLog]:
@@ -282,11 +282,11 @@ def _filtered(definition: SignatureDef, wanted: Sequence[str]) -> tuple:
                           f"{{{','.join(sorted(definition.outputs))}}}.")  # fmt: skip
         if alias in wanted[:position]:
             raise invalid(f"duplicate output tensor alias: {alias}")
-    # In one order, whichever they are asked for in: each way to run takes memory of its own.
+    # In one order, whichever they are asked for in: each callable takes memory of its own.
     return tuple(definition.outputs[alias].name for alias in sorted(wanted))
 
 
-def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, **run_options) -> Callable | None:
+def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, pool: int) -> Callable | None:
     options = tf.compat.v1.CallableOptions() if hasattr(tf.compat.v1, "CallableOptions") else None
     if options is None:
         from tensorflow.core.protobuf import config_pb2
@@ -294,7 +294,7 @@ def _fast_callable(session: tf.compat.v1.Session, feeds: tuple, fetches: tuple, 
         options = config_pb2.CallableOptions()
     options.feed.extend(feeds)
     options.fetch.extend(fetches)
-    options.run_options.MergeFrom(tf.compat.v1.RunOptions(**run_options))
+    options.run_options.MergeFrom(tf.compat.v1.RunOptions(inter_op_thread_pool=pool))
     try:
         return session._make_callable_from_options(options)
     except AttributeError:
