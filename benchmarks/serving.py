@@ -27,41 +27,33 @@ from shared.serving import load
 from shared.serving.client import Client, request
 
 RESULTS = Path(__file__).parent / "serving.json"
-ECHO = """
+SERVER = """
 import grpc
 from concurrent import futures
-class Echo(grpc.GenericRpcHandler):
+class Server(grpc.GenericRpcHandler):
     def service(self, details):
-        return grpc.unary_unary_rpc_method_handler(lambda data, context: data)
+        return grpc.unary_unary_rpc_method_handler(answer)
 server = grpc.server(futures.ThreadPoolExecutor(8))
-server.add_generic_rpc_handlers((Echo(),))
+server.add_generic_rpc_handlers((Server(),))
 port = server.add_insecure_port("127.0.0.1:0")
 server.start()
 print(f"gRPC on 127.0.0.1:{port};", flush=True)
 server.wait_for_termination()
 """
-
-NETWORK = """
+ECHO = f"""
+def answer(data, context):
+    return data
+{SERVER}"""
+NETWORK = f"""
 import sys
-from concurrent import futures
 from pathlib import Path
-import grpc
 import numpy as np
 from shared.serving.servable import Servable
 servable = Servable("cnn", 1, Path(sys.argv[1]))
-bound = {rows: servable.bind("serving_default", {"x": np.zeros((rows, 32, 32, 1), np.float32)}) for rows in (1, 32)}
-class Network(grpc.GenericRpcHandler):
-    def service(self, details):
-        return grpc.unary_unary_rpc_method_handler(run)
-def run(data, context):
-    return servable.run(*bound[1 if len(data) < 10_000 else 32])[0].tobytes()
-server = grpc.server(futures.ThreadPoolExecutor(8))
-server.add_generic_rpc_handlers((Network(),))
-port = server.add_insecure_port("127.0.0.1:0")
-server.start()
-print(f"gRPC on 127.0.0.1:{port};", flush=True)
-server.wait_for_termination()
-"""
+bound = [servable.bind("serving_default", dict(x=np.zeros((rows, 32, 32, 1), np.float32))) for rows in (1, 32)]
+def answer(data, context):
+    return servable.run(*bound[len(data) > 10_000])[0].tobytes()
+{SERVER}"""
 
 
 def write_models(root: Path) -> None:

@@ -94,13 +94,13 @@ def test_splits_keep_every_class_and_follow_the_seed():
 def test_other_data_are_measured_in_the_classes_of_the_model(splits, rows, protocol):
     found = texts.labelled(zip(("x", "y", "z"), ("b", "d", "b"), splits, strict=True), path="a table")
     about = {"licence": "MIT", "protocol": "official test split"}
-    whole_of, at, about = whole(found, ["a", "b", "c", "d"], about)
+    whole_of, at, about = whole(found, about, ["a", "b", "c", "d"])
     assert whole_of.names == ("a", "b", "c", "d")
     assert whole_of.labels.tolist() == [1, 3, 1]
     assert at["test"].tolist() == rows
     assert about == {"licence": "MIT", "protocol": protocol}
     with pytest.raises(ValueError, match=r"the data's classes \['d'\] are not the model's \['a', 'b'\]"):
-        whole(found, ["a", "b"], about)
+        whole(found, about, ["a", "b"])
 
 
 # Formats.

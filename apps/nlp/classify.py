@@ -80,9 +80,7 @@ def load(config: Config) -> data.Splits:
 
 def load_other(config: Config, names: Sequence[str]) -> data.Splits:
     """Other texts, to measure a saved model of the classes `names` on."""
-    found, about = _read(config)
-    found, rows, about = whole(found, names, about)
-    return _splits(config, found, rows, about, audited=("test",))
+    return _splits(config, *whole(*_read(config), names), audited=("test",))
 
 
 def _splits(config, found: texts.Texts, rows, about, *, audited: tuple[str, ...]) -> data.Splits:

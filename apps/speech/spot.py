@@ -62,9 +62,7 @@ def load(config: Config) -> data.Splits:
 
 def load_other(config: Config, names: Sequence[str]) -> data.Splits:
     """Other recordings, to measure a saved model of the words `names` on."""
-    recordings, about = _read(config)
-    recordings, rows, about = whole(recordings, names, about)
-    return _splits(config, recordings, rows, about, audited=("test",))
+    return _splits(config, *whole(*_read(config), names), audited=("test",))
 
 
 def _splits(config, recordings: sounds.Recordings, rows, about, *, audited: tuple[str, ...]) -> data.Splits:

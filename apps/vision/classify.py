@@ -55,9 +55,7 @@ def load(config: Config) -> data.Splits:
 
 def load_other(config: Config, names: Sequence[str]) -> data.Splits:
     """Other pictures, to measure a saved model of the classes `names` on."""
-    pictures, about = _read(config)
-    pictures, rows, about = whole(pictures, names, about)
-    return _splits(config, pictures, rows, about, audited=("test",))
+    return _splits(config, *whole(*_read(config), names), audited=("test",))
 
 
 def _splits(config, pictures: images.Pictures, rows, about, *, audited: tuple[str, ...]) -> data.Splits:

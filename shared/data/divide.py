@@ -48,7 +48,7 @@ def divide(
 
 
 def whole(
-    found: Found, names: Sequence[str], about: Mapping[str, str]
+    found: Found, about: Mapping[str, str], names: Sequence[str]
 ) -> tuple[Found, dict[str, np.ndarray], dict[str, str]]:
     """Examples to measure a model of the classes `names` on: with labels that are its; the rows of their test part or,
     where they name none, of all, as `test`, beside one row each to learn from and to validate; and what is told about
