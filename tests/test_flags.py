@@ -1137,7 +1137,7 @@ def test_batching_parameters_of_a_version(tree, tmp_path, own, rows):
 @pytest.mark.parametrize("over_rest", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
 def test_so_many_threads_answer(tree, monkeypatch, most, over_rest):
-    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 0.02)  # how long the calls take adds no more
+    monkeypatch.setattr(grpc_transport.Pool, "LOOK", 1.0)  # so that none is looked at while its message comes
     with serving(tree, grpc_max_threads=most, rest_api_num_threads=most, rest_api_port=-1) as one:
         lock, now, seen, go = threading.Lock(), [0], [], threading.Event()
         predict = one.core.inference.predict
@@ -1161,7 +1161,8 @@ def test_so_many_threads_answer(tree, monkeypatch, most, over_rest):
             with grpc.insecure_channel(one.address) as channel:  # who watches over it waits for none of these
                 checked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
             assert checked.status == health_pb2.HealthCheckResponse.SERVING
-            time.sleep(0.3)  # in which a further thread would take the next call
+            monkeypatch.setattr(grpc_transport.Pool, "LOOK", 0.02)  # how long the calls take adds no more
+            time.sleep(1.3)  # in which a further thread would take the next call
             assert max(seen) == most
             go.set()
             for thread in asking:
